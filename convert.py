@@ -59,7 +59,7 @@ def _import(options) -> None:
     raise ValueError(
       'import runs in one process; import on one host, and let the others read the run'
     )
-  workdir, source = pathlib.Path(options.workdir), _source(getattr(options, 'from'))
+  workdir, source = files.place(options.workdir), _source(getattr(options, 'from'))
   if (source / peft.SETTINGS).is_file():
     _import_adapter(options, source)
     return
@@ -135,7 +135,9 @@ def _source(name: str) -> pathlib.Path:
   """The directory or file to import: what is there of this name, or comes in a package of it, or
   from the hub.
   """
-  path = pathlib.Path(name)
+  if files.remote(name):
+    return files.here(name)
+  path = files.place(name)
   if path.exists():
     return path
   if name in packages.PACKAGES:
@@ -144,7 +146,7 @@ def _source(name: str) -> pathlib.Path:
 
 
 def _export(options) -> None:
-  workdir, target = pathlib.Path(options.workdir), pathlib.Path(options.to)
+  workdir, target = files.place(options.workdir), pathlib.Path(options.to)
   run = config_of(workdir)
   if run.adapter.kind:
     _export_adapter(options, run)
@@ -262,9 +264,9 @@ def _seal(options) -> None:
 
 
 def _inspect(options) -> None:
-  directory = pathlib.Path(options.directory)
+  directory = files.place(options.directory)
   if directory.is_file() or 'model_type' in checkpoint.read_json(directory):
-    opened = checkpoint.opened(directory)
+    opened = checkpoint.opened(files.here(directory))
     hf, tensors = opened.hf, opened.tensors
     family, config = families.read(hf, set(tensors.tensors), tuple(options.ignore_key))
     parts, title = checkpoint.parts_of(family, config), families.name_of(family)
@@ -430,8 +432,10 @@ def main(arguments: list[str] | None = None) -> None:
   )
   options = parser.parse_args(arguments)
   try:
-    for name in ('workdir', 'from', 'to', 'directory', 'original', 'smaller'):
-      files.check_local(name, getattr(options, name, ''))
+    native = options.run in (_import, _export, _seal)  # what reads and writes a run in a bucket
+    for name in ('workdir', 'from', 'to', 'base', 'directory', 'original', 'smaller'):
+      buckets = name == 'from' or native and name == 'workdir' or options.run is _inspect
+      files.check_local(name, getattr(options, name, '') or '', buckets)
     options.run(options)
   except re.error as error:
     sys.exit(f'error: --ignore={options.ignore!r} is not a regular expression: {error}')

@@ -41,6 +41,7 @@ from decode.generator import Generator
 from evaluation import classify, harness, heads, page, rewards, running, task
 from evaluation.examples import Manner
 from evaluation.prompts import Shots
+from evaluation.sandbox import Sandbox
 from parallel.flag import mesh_of
 from training import config as configs, overrides
 from workdir import reward
@@ -68,6 +69,13 @@ SYSTEM = flags.DEFINE_string(
 )
 CHAT = flags.DEFINE_bool(
   'chat', False, "Prompts of tasks are a user's turns, by the chat template of the run."
+)
+RUN_PROGRAMS = flags.DEFINE_string(
+  'run_programs',
+  '',
+  'Where programs run that the model wrote, of tasks that judge answers by running them: '
+  "'confined', without network and with an empty directory; 'trusted', with your own rights; by "
+  'default nowhere.',
 )
 SHOTS = flags.DEFINE_list(
   'shots', ['0'], 'How many training examples stand before each question; several by commas.'
@@ -106,8 +114,8 @@ REWARDS = 'reward'  # the objective, and the beginning of its files' names
 
 def check_flags() -> list[int]:
   """How many shots are asked for. Raises ValueError for values that mean nothing."""
-  files.check_local('--workdir', WORKDIR.value)
-  files.check_local('--output', OUTPUT.value or '')
+  files.check_local('--workdir', WORKDIR.value, buckets=True)
+  files.check_local('--output', OUTPUT.value or '', buckets=True)
   for name in CALIBRATION.value:
     names.check('--calibration', name, classify.CALIBRATIONS)
   if not all(text.isdecimal() for text in SHOTS.value):
@@ -259,7 +267,7 @@ def check_tasks() -> None:
   if LM_EVAL.value and (DATA.value, CALIBRATION.value) != (DATA.default, CALIBRATION.default):
     raise ValueError('--data and --calibration are not of --lm_eval, whose files say both')
   if not TASKS.value:
-    for flag in (DATA, SYSTEM, CHAT) if not LM_EVAL.value else ():
+    for flag in (DATA, SYSTEM, CHAT, RUN_PROGRAMS) if not LM_EVAL.value else (RUN_PROGRAMS,):
       if flag.value != flag.default:
         raise ValueError(f'--{flag.name}={flag.value} is of tasks; name some by --tasks')
   elif CALIBRATION.value != CALIBRATION.default:
@@ -290,7 +298,8 @@ def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
     except ValueError as error:
       failed[name] = str(error)
       print(f'ERROR: task {name}: {error}')
-  manner = Manner(DATA.value, LIMIT.value, SEED.value, SYSTEM.value, CHAT.value)
+  programs = Sandbox(RUN_PROGRAMS.value) if RUN_PROGRAMS.value else None
+  manner = Manner(DATA.value, LIMIT.value, SEED.value, SYSTEM.value, CHAT.value, programs)
   model, of = opened()
   done, more = running.evaluate(model, tasks, ways, manner, of, output)
   failed |= more
@@ -333,8 +342,13 @@ def run() -> None:
     return
   if not WORKDIR.value:
     raise ValueError('give the directory of a run by --workdir')
+  with files.worked_on(OUTPUT.value or files.place(WORKDIR.value) / 'evaluation') as output:
+    judge(ways, output)
+
+
+def judge(ways, output: pathlib.Path) -> None:
+  """What the flags ask for of a run; what is found out is written into `output`."""
   remedy = 'wait until it ends, end it, or give another --output'
-  output = pathlib.Path(OUTPUT.value or pathlib.Path(WORKDIR.value) / 'evaluation')
   if TASKS.value or LM_EVAL.value:
     cache = pathlib.Path(config_of(WORKDIR.value).data.cache_dir) / 'xla'
     hosts.cache_compilations(cache)

@@ -11,15 +11,20 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
+
+import names
 
 
 def replace(path: str | os.PathLike, data: bytes | str) -> None:
   """Writes `data` to `path`: a reader, a crash or a kill sees the old file or the new one,
   never a part.
   """
+  if remote(path):
+    return place(path).write_bytes(data.encode() if isinstance(data, str) else data)
   temporary = _beside(path)
   try:
     with open(temporary, 'wb') as file:
@@ -32,15 +37,62 @@ def replace(path: str | os.PathLike, data: bytes | str) -> None:
     raise
 
 
-def check_local(what: str, path: str | os.PathLike) -> None:
+def remote(path: str | os.PathLike) -> bool:
+  """Whether it is the address of something in a bucket."""
+  return re.match('(s3|gs):/', str(path)) is not None
+
+
+def place(path: str | os.PathLike) -> pathlib.Path:
+  """A path, or, of a bucket's address, what stands for one (remote/address.py). Raises ValueError
+  for an address of another kind, which would be taken for a directory of that name.
+  """
+  if remote(path):
+    return names.imported('remote.address.Address')(str(path))
+  check_local('the place', path := re.sub('^file:/+', '/', str(path)))
+  return pathlib.Path(path)
+
+
+def here(path: str | os.PathLike) -> pathlib.Path:
+  """A path, for who reads files only: of a bucket's address, of a copy on this machine."""
+  return names.imported('remote.local.here')(place(path)) if remote(path) else place(path)
+
+
+def kept(path: str | os.PathLike) -> pathlib.Path:
+  """A directory that is read and written as files: of a bucket's address, this machine's for it."""
+  return names.imported('remote.local.kept')(place(path)) if remote(path) else place(path)
+
+
+def worked_on(path: str | os.PathLike) -> contextlib.AbstractContextManager[pathlib.Path]:
+  """A block with a directory that is read and written as files, and what lies there afterwards."""
+  if remote(path):
+    return names.imported('remote.local.worked_on')(place(path))
+  return contextlib.nullcontext(place(path))
+
+
+def stream(path: str | os.PathLike) -> BinaryIO:
+  """A file to be read from its beginning; in a bucket, by ranges, ahead."""
+  return place(path).stream() if remote(path) else open(path, 'rb')
+
+
+def remove(path: pathlib.Path) -> None:
+  """A directory with all that is in it."""
+  path.remove() if remote(path) else shutil.rmtree(path)
+
+
+def check_local(what: str, path: str | os.PathLike, buckets: bool = False) -> None:
   """Raises ValueError for the address of something that is reached otherwise than through the file
-  system, which would be taken for a directory of that name.
+  system, which would be taken for a directory of that name; buckets: but for a bucket's.
   """
   scheme = re.match(r'([a-z][a-z0-9+.-]*):/', str(path))
-  if scheme:
+  if scheme and not (buckets and scheme[1] in ('s3', 'gs', 'file')):
     raise ValueError(
-      f'{what}={path} is an address ({scheme[1]}), and files are read and written on file systems '
-      'here; mount it as a directory (gcsfuse, mount-s3, ...) and give that, or copy it'
+      f'{what}={path} is an address ({scheme[1]}), and '
+      + (
+        'those of buckets (s3, gs) are known; copy it to one, or to a directory, and give that'
+        if buckets
+        else 'files are read and written on file systems here; mount it as a directory (gcsfuse, '
+        'mount-s3, ...) and give that, or copy it'
+      )
     )
 
 
@@ -48,6 +100,8 @@ def check_writable(path: str | os.PathLike) -> None:
   """Raises OSError where `replace` could not write, before there is anything to lose;
   what is at `path` stays.
   """
+  if remote(path):
+    return names.imported('remote.system.check')(place(path).parent, write=True)
   if os.path.isdir(path):
     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
   temporary = _beside(path)
@@ -95,8 +149,12 @@ def locked(
     elsewhere: whether the content is believed about other machines, too, though nothing here tells
       whether they live: for callers who find that out (data.building).
   Gives the open file. Raises InUse, a ValueError, where another process is in the block: its
-  number, machine and when it began.
+  number, machine and when it began. In a bucket: as remote.lease.locked.
   """
+  if remote(path):
+    with names.imported('remote.lease.locked')(path, place, remedy):
+      yield -1
+    return
   path = pathlib.Path(path).absolute()
   fresh = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,11 +202,15 @@ def _lock(path: pathlib.Path, place: str, remedy: str, elsewhere: bool) -> int:
       break
     os.close(file)
 
-  since = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
-  content = {'process': os.getpid(), 'host': socket.gethostname(), 'since': since}
   os.ftruncate(file, 0)
-  os.pwrite(file, json.dumps(content).encode(), 0)
+  os.pwrite(file, json.dumps(this_process()).encode(), 0)
   return file
+
+
+def this_process() -> dict:
+  """What this process says of itself in a lock."""
+  since = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
+  return {'process': os.getpid(), 'host': socket.gethostname(), 'since': since}
 
 
 def _is_at(file: int, path: pathlib.Path) -> bool:

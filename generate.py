@@ -160,7 +160,8 @@ def check_flags() -> None:
   written, before anything takes time.
   """
   for flag in (WORKDIR, OPTIONS['draft'], OUTPUT, PROMPTS, EXAMPLES):
-    files.check_local(f'--{flag.name}', flag.value or '')
+    buckets = flag is WORKDIR or flag is OPTIONS['draft']
+    files.check_local(f'--{flag.name}', flag.value or '', buckets)
   if PROMPTS.value is not None and PROMPT.value != ['']:
     raise ValueError('--prompt and --prompts: give one of the two')
 

@@ -47,6 +47,7 @@ from kernels import cudnn
 from kernels.attention import FEW, choose
 from kernels.flash import KERNELS
 from model import flops as counts
+from parallel import compiler
 from parallel.mesh import make_mesh
 from training import config as configs, overrides
 
@@ -75,7 +76,8 @@ CONTEXT = flags.DEFINE_integer(
 SEARCH = flags.DEFINE_bool(
   'search',
   False,
-  'Compile a small set of meshes, remat policies and microbatches; print them, fastest first.',
+  'Compile a small set of meshes, remat policies, microbatches and compiler options; print them, '
+  'fastest first.',
 )
 JSON = flags.DEFINE_string('json', '', 'Write what was found to this file.')
 DOLLARS = flags.DEFINE_float(
@@ -168,6 +170,12 @@ class Plan:
       without = frozenset()
     return choose(spec, platform, without=without)
 
+  @property
+  def compiled_with(self) -> compiler.ChosenOptions:
+    """The table of compiler options, and the options; none but for a step of training."""
+    entries = self.config.train.compiler if self.mode == modes.TRAIN else (compiler.NONE,)
+    return compiler.chosen(entries, self.chip.kinds[0], self.config.mesh.sizes())
+
   def cost(
     self, dollars_per_chip_hour: float | None, watts_per_chip: float | None
   ) -> dict[str, float]:
@@ -197,6 +205,7 @@ class Plan:
       'fits': self.fits,
       'remat': self.config.model.execution.remat,
       'attention': self.attention,
+      'compiler': self.compiled_with._asdict(),
       'accumulation': self.config.train.accumulation,
       'problem': self.problem,
       'available_bytes': self.available,
@@ -208,7 +217,7 @@ class Plan:
       'prediction': tables.json_able(dataclasses.asdict(self.prediction)) if known else None,
       'mfu': self.mfu,
       'compile_seconds': self.compile_seconds,
-      'error': roofline.ERROR['tpu' if self.chip.torus else 'gpu'],
+      'error': tables.error(self.chip),
       'config': configs.to_dict(self.config),
     }
 
@@ -233,6 +242,9 @@ def make_plan(
   names.check('mode', mode, modes.MODES)
   mesh, config = make_mesh(config.mesh, devices, axis_type), resolved(config, devices)
   began, chip = time.perf_counter(), chip_of(devices)
+  if mode == modes.TRAIN:
+    with jax.set_mesh(mesh):
+      compiler.check(compiler.options(config.train.compiler))
   made = modes.lower(config, mesh, mode, rows, context, weights)
   arrays, tokens, model_flops = made.arrays, made.tokens, made.model_flops
   beside = {name: memory.shard_bytes(tree) for name, tree in made.beside.items()}
@@ -311,20 +323,8 @@ def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
   """
   sizes = enough.state_bytes(config, make_mesh(config.mesh, devices))
   chip, least = chip_of(devices), sum(sizes.values())
-  refused = Plan(
-    'train',
-    config,
-    chip,
-    len(devices),
-    f'{ALONE} {least / 1e9:.2f} GB',
-    sizes,
-    None,
-    1,
-    0.0,
-    [],
-    None,
-    0.0,
-  )
+  problem = f'{ALONE} {least / 1e9:.2f} GB'
+  refused = Plan('train', config, chip, len(devices), problem, sizes, None, 1, 0.0, [], None, 0.0)
   return refused if least > refused.available else make_plan(config, devices)
 
 
@@ -348,8 +348,8 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
   """Plans of a small set of candidates that fit, fastest first; those that don't follow.
 
   All meshes with the config's own remat policy and microbatches; then, on the SEARCHED best ones,
-  the other policies, each with the fewest microbatches that fit. Raises ValueError where no mesh
-  divides the config's sizes.
+  the other policies, each with the fewest microbatches that fit; then, of the best of all, the
+  other tables of compiler options. Raises ValueError where no mesh divides the config's sizes.
   """
   config = resolved(config, devices)
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
@@ -369,7 +369,11 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
     compiled(candidates.change(config, mesh))
     for mesh in candidates.meshes(config, len(devices), slices)
   ]
-  ranked.sort(key=lambda plan: (not plan.fits, plan.seconds))
+
+  def order(plan):
+    return not plan.fits, plan.seconds
+
+  ranked.sort(key=order)
   for plan in ranked[:SEARCHED]:
     for policy in candidates.policies(config):
       candidate = candidates.change(plan.config, policy=policy)
@@ -381,7 +385,10 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
       f'no mesh of {len(devices)} devices divides data.batch_size={config.data.batch_size} / '
       f'train.accumulation={config.train.accumulation} and the sizes of the model; change the batch'
     )
-  return sorted(tried.values(), key=lambda plan: (not plan.fits, plan.seconds))
+  best = min(tried.values(), key=order)
+  for table in candidates.compilers(best.config, devices[0].device_kind) if best.fits else ():
+    compiled(candidates.change(best.config, compiler=table))
+  return sorted(tried.values(), key=order)
 
 
 def make_served(

@@ -14,6 +14,7 @@ if __name__ == '__main__':
   hosts.use_huge_pages()
   hosts.leave_at_signals()
 
+import contextlib
 import os
 import pathlib
 import socket
@@ -31,6 +32,7 @@ from decode.embedder import POOLINGS
 from decode.generator import Generator
 from decode.prompts import named_runs
 from parallel.flag import mesh_of
+from parallel.mesh import make_mesh
 from serving.call import Limits
 from serving.running import Running
 from training import config as configs
@@ -145,6 +147,22 @@ ACCESS_LOG = flags.DEFINE_bool(
 LOG_PROMPTS = flags.DEFINE_bool(
   'log_prompts', False, 'Whether the access log has what is asked, and what is written, too.'
 )
+COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  '',
+  'HOST:PORT of process 0, where several processes serve one model over the devices of all: each '
+  'is started with the same flags, and process 0 speaks HTTP.',
+)
+PROCESSES = flags.DEFINE_integer(
+  'processes', 0, 'With --coordinator: how many processes there are.'
+)
+PROCESS = flags.DEFINE_integer('process', -1, 'With --coordinator: which one this is, from 0.')
+MEETING = flags.DEFINE_integer(
+  'meeting_timeout',
+  hosts.MEETING_TIMEOUT,
+  'Seconds that each process waits for all of them at the start.',
+  lower_bound=1,
+)
 TRACES = flags.DEFINE_string(
   'traces', None, 'Collector of OpenTelemetry that gets a span of each request: http://host:4318.'
 )
@@ -158,7 +176,7 @@ def check_flags(sagemaker: bool) -> None:
   """Raises ValueError for flags that make no sense, before anything takes time."""
   if not WORKDIR.value:
     raise ValueError('--workdir is missing: give the directory of a run of train.py or convert.py')
-  files.check_local('--workdir', WORKDIR.value)
+  files.check_local('--workdir', WORKDIR.value, buckets=True)
   if LOG_PROMPTS.value and not ACCESS_LOG.value:
     raise ValueError(
       '--log_prompts with --noaccess_log, whose lines they would be in; leave out one'
@@ -211,8 +229,8 @@ def address(opened: socket.socket) -> str:
   return f'http://{host}:{opened.getsockname()[1]}/'
 
 
-def run(sagemaker: bool) -> Running:
-  """Serves, until it is told to end; what is left of it."""
+def run(sagemaker: bool) -> Running | None:
+  """Serves, until it is told to end; what is left of it. None where process 0 serves."""
   try:
     from serving import http, listening
     from serving.guard import ApiKeys
@@ -226,28 +244,22 @@ def run(sagemaker: bool) -> Running:
   check_flags(sagemaker)
   keys = None if API_KEYS.value is None else ApiKeys(API_KEYS.value)
   adapters = named_runs(ADAPTERS.value)
-  name = NAME.value or pathlib.Path(WORKDIR.value).resolve().name
+  name = NAME.value or files.place(WORKDIR.value).resolve().name
   if name in adapters:
     raise ValueError(f'--adapters: one is called {name!r}, as the model is; give another name')
   traces = None if TRACES.value is None else traces_to(TRACES.value, name)
-  opened = listening.bound(HOST.value, PORT_FLAG.value)
-  hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')
-  generator = Generator.load(
-    WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value, adapters
-  )
-  sizes = {'rows': ROWS.value, 'capacity': MAX_MODEL_LEN.value, 'cache_dtype': CACHE_DTYPE.value}
-  sizes |= {'lookup': LOOKUP.value, 'draft_tokens': DRAFT_TOKENS.value}
-  sizes |= {'pages': PAGES.value, 'host_pages': HOST_PAGES.value}
-  check_length(generator)
+  first = PROCESS.value <= 0
+  opened = listening.bound(HOST.value, PORT_FLAG.value) if first else None
+  generator = loaded(adapters)
+  asked = asked_of(generator)
+  if not first:
+    follow(generator, asked)
+    return None
   writes = generator.model.config.causal
-  if not writes:
-    check_encoder()
   service = Running(
     generator,
     limits=Limits(waiting=WAITING.value, samples=SAMPLES.value, gap_ms=MAX_GAP_MS.value),
-    scores=PROMPT_LOGPROBS.value,
-    pooling=POOLING.value or ('' if writes else 'mean'),
-    **{name: value for name, value in sizes.items() if value},
+    **asked,
   )
   served = Served(
     name=name, defaults=defaults_of(generator), created=int(time.time()), reasoning=REASONING.value
@@ -267,6 +279,42 @@ def run(sagemaker: bool) -> Running:
   if traces is not None:
     traces.close()
   return service
+
+
+def loaded(adapters: dict[str, str]) -> Generator:
+  """The model, on this machine's devices, or on those of all processes."""
+  import jax
+
+  hosts.cache_compilations(pathlib.Path(configs.load(WORKDIR.value).data.cache_dir) / 'xla')
+  mesh = mesh_of(MESH.value)
+  if hosts.count() > 1:
+    mesh = make_mesh(mesh, jax.devices())
+  return Generator.load(WORKDIR.value, CHECKPOINT.value, mesh, WEIGHTS.value, adapters)
+
+
+def asked_of(generator: Generator) -> dict:
+  """What Running is asked for by flags; see there. Raises ValueError for what makes no sense."""
+  sizes = {'rows': ROWS.value, 'capacity': MAX_MODEL_LEN.value, 'cache_dtype': CACHE_DTYPE.value}
+  sizes |= {'lookup': LOOKUP.value, 'draft_tokens': DRAFT_TOKENS.value}
+  sizes |= {'pages': PAGES.value, 'host_pages': HOST_PAGES.value}
+  check_length(generator)
+  writes = generator.model.config.causal
+  if not writes:
+    check_encoder()
+  asked = {name: value for name, value in sizes.items() if value}
+  asked['scores'] = PROMPT_LOGPROBS.value
+  asked['pooling'] = POOLING.value or ('' if writes else 'mean')
+  return asked
+
+
+def follow(generator: Generator, asked: dict) -> None:
+  """What another process than the first does, until that one ends."""
+  from serving import several
+
+  rows = several.following(generator, **asked)
+  several.heed(say)
+  say(f'process {PROCESS.value} of {PROCESSES.value}: does what process 0 does')
+  rows.follow()
 
 
 def what_it_does(service: Running, writes: bool) -> str:
@@ -323,13 +371,24 @@ def main(arguments):
   else:
     names.only_flags(arguments, '--workdir=runs/chat')
   logging.set_verbosity(logging.WARNING)
-  with commands.mendable(FloatingPointError, ImportError):
-    service = run(sagemaker)
-  if service.error:
-    sys.exit(f'error: the server has failed: {service.error}')
+  with together():
+    with commands.mendable(FloatingPointError, ImportError):
+      service = run(sagemaker)
+    if service is not None and service.error:
+      sys.exit(f'error: the server has failed: {service.error}')
   say('ended')
-  if not service.closed(0):
+  if service is not None and not service.closed(0):
     os._exit(0)  # a program is being compiled still, and nobody waits for it
+
+
+def together() -> contextlib.AbstractContextManager:
+  """Where several processes have met; nothing where there is one."""
+  if not (COORDINATOR.value or PROCESSES.value or PROCESS.value != -1):
+    return contextlib.nullcontext()
+  with commands.mendable():
+    return hosts.connect(
+      COORDINATOR.value, PROCESSES.value, PROCESS.value, meeting_timeout=MEETING.value
+    )
 
 
 if __name__ == '__main__':

@@ -39,7 +39,7 @@ from workdir import seals
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
 from workdir.progress import Progress, check_finite, cost_of
-from workdir.watch import ProfileWindow, Watch
+from workdir.watch import Watch
 
 CONFIG = overrides.define_flag()
 WORKDIR = flags.DEFINE_string(
@@ -170,7 +170,7 @@ def train_steps(
   visits: Visits,
   checkpoints: Checkpoints,
   watch: Watch,
-  profile: ProfileWindow,
+  profile,
   signal: hosts.StopSignal,
 ) -> str:
   """Runs the steps that are left; step n is dispatched before n - 1 is looked at. Returns why it
@@ -186,8 +186,11 @@ def train_steps(
     profile.before(step)
     batch = feed.take(state)
     tokens = count(batch)
-    narrow = config.model.execution.parameter_dtype != 'float32' and not config.adapter.kind
-    lossy = step == begun.step + 1 and narrow
+    lossy = (
+      step == begun.step + 1
+      and config.model.execution.parameter_dtype != 'float32'
+      and not config.adapter.kind
+    )
     moved = names.imported('training.moved.Moved')(config, state) if lossy else None
     state, metrics, step_norms = train_step(state, batch)
     profile.after(step, metrics)
@@ -276,7 +279,7 @@ def claim(workdir: pathlib.Path, config: configs.Config, tokenizer, record: dict
   Raises ValueError where another process does not see it.
   """
   if jax.process_index() == 0:
-    for inherited in (pathlib.Path(config.init) / name for name in seals.INHERITED):
+    for inherited in (files.place(config.init) / name for name in seals.INHERITED):
       if config.init and inherited.is_file():
         files.replace(workdir / inherited.name, inherited.read_bytes())
     configs.save(config, workdir)
@@ -298,14 +301,14 @@ def main(arguments):
     raise app.UsageError('give --config=configs/NAME.py and --workdir=runs/NAME')
   logging.set_verbosity(logging.WARNING)
   with mendable():
-    files.check_local('--workdir', WORKDIR.value)
+    files.check_local('--workdir', WORKDIR.value, buckets=True)
     config = overrides.from_flag(CONFIG.value)
     together = hosts.connect(
       COORDINATOR.value, PROCESSES.value, PROCESS.value, HEARTBEAT.value, MEETING.value
     )
   with together:
     interrupted = run(
-      config, pathlib.Path(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value, SHOW.value
+      config, files.place(WORKDIR.value), PROFILE.value, ALLOW_CHANGE.value, SHOW.value
     )
   return STOPPED_CODE.value if interrupted else 0
 
@@ -323,8 +326,8 @@ def run(
   """
   with contextlib.ExitStack() as held:
     with mendable():
-      files.check_local('--workdir', workdir)
-      names.imported('workdir.outside.check')(config)
+      files.check_local('--workdir', workdir, buckets=True)
+      names.imported('workdir.outside.check')(config, workdir)
       if jax.process_index() == 0:
         remedy = 'wait until it ends, end it, or give another --workdir'
         held.enter_context(files.locked(workdir / LOCK, str(workdir), remedy))
@@ -345,8 +348,9 @@ def train(
     # What can be known without the data is, and again with it.
     config.check_mesh(dict(mesh.shape))
     seals.check_unchanged(seals.sized(config, workdir), workdir, allow_change)
-  jax.set_mesh(mesh)
-  log(f'mesh: {mesh.size} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}')
+    jax.set_mesh(mesh)
+    log(f'mesh: {mesh.size} x {jax.devices()[0].device_kind}, {dict(mesh.shape)}')
+    names.imported('parallel.compiler.tell')(config.train.compiler, log)
 
   # 3. Data: text to token shards, once; then batches, from any position.
   with mendable():
@@ -379,11 +383,14 @@ def train(
   if begun.state is not None:
     steps = range(begun.step + 1, config.train.steps + 1)
     with mendable():
-      window = ProfileWindow(profile, workdir / 'profile', steps)
+      traced = names.imported('workdir.profile.ProfileWindow')
+      window = traced(profile, workdir / 'profile', steps)
       claim(workdir, config, prepared.tokenizer, begun.record, log)
       keep_facts(workdir, cost.facts(mesh))
-      place = config, prepared.tokenizer, mesh, workdir, begun.step
-      visits = Visits.of(make_evaluate(config, prepared, feed.put), *place)
+      visits = Visits.of(
+        make_evaluate(config, prepared, feed.put),
+        *(config, prepared.tokenizer, mesh, workdir, begun.step),
+      )
     watching = Watch(
       workdir,
       steps=steps,
@@ -465,9 +472,8 @@ def costs(config: configs.Config, make_state, prepared) -> RunCost:
   """On the devices here."""
   device = jax.devices()[0]
   cores = getattr(device, 'num_cores', None) if device.platform == 'tpu' else None
-  models = jax.eval_shape(make_state).models
   return RunCost(
-    params.count(models[config.objective.main]),
+    params.count(jax.eval_shape(make_state).models[config.objective.main]),
     program.flops_per_token(config, prepared.document_length),
     hardware.lookup(device.device_kind, cores),
   )

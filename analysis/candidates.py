@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Iterator
 
-from parallel import remat
+from parallel import compiler, remat
 from parallel.mesh import AXES, MeshConfig
 from training.config import Config
 
@@ -24,6 +24,7 @@ PATHS = (
   'train.accumulation',
   'optimizer.name',
   'train.offload_optimizer',
+  'train.compiler',
   *(f'mesh.{axis}' for axis in AXES),
 )
 
@@ -35,13 +36,15 @@ def change(
   accumulation: int = 0,
   optimizer: str = '',
   offload: str = '',
+  compiler: str = '',
 ) -> Config:
-  """The config with another mesh, remat policy, number of microbatches, optimizer, or place of its
-  state. Raises as Config does.
+  """The config with another mesh, remat policy, number of microbatches, optimizer, place of its
+  state, or table of compiler options. Raises as Config does.
   """
   train = {
     'accumulation': accumulation or config.train.accumulation,
     'offload_optimizer': offload or config.train.offload_optimizer,
+    'compiler': (compiler,) if compiler else config.train.compiler,
   }
   name = optimizer or config.optimizer.name
   return dataclasses.replace(
@@ -59,7 +62,8 @@ def flags(old: Config, new: Config) -> str:
   for path in PATHS:
     value = operator.attrgetter(path)(new)
     if value != operator.attrgetter(path)(old):
-      changed.append(f'--config.{path}={value}')
+      said = ','.join(value) if isinstance(value, tuple) else value
+      changed.append(f'--config.{path}={said}')
   return ' '.join(changed)
 
 
@@ -114,6 +118,24 @@ def meshes(config: Config, devices: int, slices: int = 1) -> Iterator[dict[str, 
       mesh |= {'data': data, 'fsdp': rest // data}
       if not refused(config, mesh):
         yield mesh
+
+
+def compilers(config: Config, device_kind: str) -> list[str]:
+  """Tables of compiler options that the config could be compiled with besides its own, on devices
+  of this kind; none where it changes options by name, which are meant.
+  """
+  if any('=' in entry for entry in config.train.compiler):
+    return []
+  sizes, tried, possible = config.mesh.sizes(), [], []
+  for table in (*config.train.compiler[:1], compiler.NONE, *compiler.TABLES):
+    try:
+      made = compiler.chosen((table,), device_kind, sizes)
+    except ValueError:  # of other chips
+      continue
+    if made.options not in tried:
+      tried.append(made.options)
+      possible.append(table)
+  return possible[1:]
 
 
 def microbatches(config: Config, sizes: dict[str, int]) -> list[int]:

@@ -40,12 +40,10 @@ CUDNN_PRODUCTS = {'fmhaSoftmax': 2, 'fmhaSoftmaxBackward': 5}
 CUDNN_EFFICIENCY = FLASH_EFFICIENCY = 0.52
 # Bytes/s of a device to its host's memory and back: half of PCIe 4 x16, which neighbours share
 HOST_BANDWIDTH = 16e9
-ERROR = {
-  'tpu': 'expect 10% on products and forward kernels, more where kernels or memory stalls '
-  'dominate; it ranks, it does not certify',
-  'gpu': f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak '
-  f'compute and {EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%',
-}
+GPU_ERROR = (
+  f'no cycles are estimated for GPUs: the roofline at {EFFICIENCY["compute"]:.0%} of peak compute '
+  f'and {EFFICIENCY["memory"]:.0%} of memory bandwidth; expect 30%'
+)
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # which operand is the part that is written
 _NOTABLE = 1e6  # bytes of an operation from which it is said that nothing else is known of it
@@ -62,6 +60,7 @@ class Prediction:
     copies: waits for transfers to and from host memory or VMEM.
     links: (kind, mesh axes) -> seconds that those collectives take.
     exposed: of these, what a chip waits for them, beside no work.
+    between: of these, what passes from the starts of those that are started to what waits for them.
     roofline: 'compute', 'memory', 'links AXES' and 'network AXES' (between slices or nodes) ->
       seconds that each would take alone; `bound` names the largest.
     flops: hardware FLOPs of a chip.
@@ -75,6 +74,7 @@ class Prediction:
   copies: float
   links: dict[tuple[str, tuple[str, ...]], float]
   exposed: dict[tuple[str, tuple[str, ...]], float]
+  between: dict[tuple[str, tuple[str, ...]], float]
   roofline: dict[str, float]
   flops: float
   memory_bytes: float
@@ -83,6 +83,11 @@ class Prediction:
   @property
   def bound(self) -> str:
     return max(self.roofline, key=self.roofline.get)
+
+  @property
+  def exposed_share(self) -> float:
+    """Of the time that collectives take, what a chip waits for them; 0 where there are none."""
+    return sum(self.exposed.values()) / (sum(self.links.values()) or 1.0)
 
 
 class Cost(NamedTuple):
@@ -253,7 +258,7 @@ class _Walk:
     sums, self_time = collections.Counter(), 0.0
     # Links, network and copies each do one thing at a time, beside the computation: `free` and
     # `dma_free` say when they are done with what they have been given. What was started is pending,
-    # as when it is ready, and what the wait for it would be counted as.
+    # as when it is ready, what the wait for it would be counted as, and when it was started.
     pending = {}
     free = collections.Counter()
     dma_free = 0.0
@@ -275,16 +280,23 @@ class _Walk:
         sums['network', collective.kind, collective.axes] += far
         waited = ('exposed', collective.kind, collective.axes)
         free[lane] = max(self_time, free[lane]) + near + far
+        if collective.rings:
+          self._assume(
+            'collectives on the SparseCore take what the links of their rings do, beside the '
+            'TensorCore; what they read and write of main memory meanwhile was not counted'
+          )
         if collective.started:
-          pending[i.name] = (free[lane], waited)
+          pending[i.name] = (free[lane], waited, self_time)
         else:
           sums[waited] += free[lane] - self_time
           self_time = free[lane]
       elif i.opcode.endswith('-start'):
         dma_free = max(self_time, dma_free) + self._transfer(computation, i)
-        pending[i.name] = (dma_free, 'copies')
+        pending[i.name] = (dma_free, 'copies', self_time)
       elif i.opcode.endswith('-done') or schedule.ends(self.module, i):
-        ready, kind = pending[self._origin(computation, i, pending)]
+        ready, kind, began = pending[self._origin(computation, i, pending)]
+        if kind != 'copies':
+          sums['between', *kind[1:]] += self_time - began
         sums[kind] += max(0.0, ready - self_time)
         self_time = max(self_time, ready)
       else:
@@ -452,13 +464,15 @@ def predict(program: str | Module, mesh: Mesh, chip: Chip, dtype: str = 'bfloat1
   sums = walk.run(module.entry)
   flops, moved = _totals(module)
   roofline = collections.Counter({'compute': flops / walk.peak, 'memory': moved / walk.memory})
-  links, exposed = collections.Counter(), {}
+  links, exposed, between = collections.Counter(), {}, {}
   for key, value in sums.items():
     if key[0] in ('links', 'network') and value:
       links[key[1:]] += value
       roofline[f'{key[0]} {" x ".join(key[2]) or "of one device"}'] += value
     elif key[0] == 'exposed':
       exposed[key[1:]] = value
+    elif key[0] == 'between':
+      between[key[1:]] = value
 
   return Prediction(
     sums['time'],
@@ -467,6 +481,7 @@ def predict(program: str | Module, mesh: Mesh, chip: Chip, dtype: str = 'bfloat1
     sums['copies'],
     dict(links),
     exposed,
+    between,
     dict(roofline),
     flops,
     moved,

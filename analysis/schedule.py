@@ -4,8 +4,8 @@ Collectives and the timeline of a compiled program.
 The compiler's text is the schedule: instructions run in order, collectives that are split into a
 start and a done run beside what stands between. libtpu has a second form: a fusion that starts one
 (AsyncCollectiveStart), fusions that carry it on beside their own products, one that ends it
-(AsyncCollectiveDone). Between slices it sends and receives: its runtime does what the send asks
-for.
+(AsyncCollectiveDone). And a third: a call that its SparseCore runs, started and done as others are.
+Between slices it sends and receives: its runtime does what the send asks for.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ KINDS = (
   'collective-permute',
   'collective-broadcast',
 )
+_CALLS = ('async-start', 'call-start')  # asynchronous ones, of a SparseCore too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Collective:
     started: whether it is split into a start and a done, so that other work can run beside it.
     scope: where it comes from in the Python program.
     group: devices of one group, as indices into mesh.devices.flat.
+    rings: of one that a SparseCore runs, along how many one-way rings it does, each with its part
+      of the bytes; 0: of a TensorCore.
   """
 
   kind: str
@@ -54,6 +57,7 @@ class Collective:
   started: bool
   scope: str
   group: tuple[int, ...]
+  rings: int = 0
 
   @property
   def total(self) -> int:
@@ -204,7 +208,17 @@ def find(
     started,
     inner.scope or i.scope,
     group,
+    _rings(inner),
   )
+
+
+def _rings(i) -> int:
+  """Along how many rings a SparseCore runs a collective; 0 where none does. A ring may have phases,
+  one dimension of the torus after the other: it is one link at a time.
+  """
+  if 'DEVICE_TYPE_SPARSECORE' not in i.attributes:
+    return 0
+  return max(1, i.attributes.count('"phase_rings"'))
 
 
 def _carried(module, computation, i):
@@ -212,10 +226,13 @@ def _carried(module, computation, i):
   a fusion or starts something asynchronous. (None, None): there is none, or the instruction carries
   on what another has started.
   """
-  if i.opcode == 'fusion' or (i.opcode == 'async-start' and i.called):
+  if i.opcode == 'fusion' or (i.opcode in _CALLS and i.called):
     if ends(module, i) or i.called[0].startswith('async_collective_fusion'):
       return None, None
-    return next(((where, x) for where, x in module.inside(i) if _kind(x)), (None, None))
+    inside = [(where, x) for where, x in module.inside(i) if _kind(x)]
+    # A call that runs several is no collective: they are found where they are.
+    alone = len(inside) == 1 or (inside and i.opcode == 'fusion')
+    return inside[0] if alone else (None, None)
   return computation, i
 
 
@@ -283,8 +300,18 @@ def _result(i):
 def collectives(program: str | Module, mesh: Mesh) -> list[Collective]:
   """Every collective of a compiled program on this mesh, with how often a step runs it."""
   module = program if isinstance(program, Module) else Module(program)
-  every = (find(module, computation, i, mesh, times) for computation, i, times in module.walk())
+  every = (
+    find(module, computation, i, mesh, times)
+    for computation, i, times in module.walk()
+    if not _in_a_call(module, computation)
+  )
   return [collective for collective in every if collective]
+
+
+def _in_a_call(module, computation) -> bool:
+  """Whether a computation is the one collective of an asynchronous call, which counts as that."""
+  where, call = module.caller(computation)
+  return bool(call and call.opcode in _CALLS and _carried(module, where, call)[1])
 
 
 def cycles(program: str | Module) -> int:
@@ -318,7 +345,8 @@ class Links:
       return 0.0, 0.0
     slices = len({self._place(self.mesh.devices.flat[i]) for i in c.group})
     if slices == 1:
-      return max(c.nbytes / self.bandwidth(c.group), self._through_cuts(c, c.group)), 0.0
+      within = max(c.nbytes / self.bandwidth(c.group), self._through_cuts(c, c.group))
+      return max(within, c.nbytes / (c.rings * self._link) if c.rings else 0.0), 0.0
     if self.chip.network is None:
       raise ValueError(
         f'no bandwidth between slices is tabled for a {self.chip.name}; add it to '
@@ -340,6 +368,11 @@ class Links:
       return 0.0, c.nbytes * share(slices) / network
     within = max(c.nbytes * share(inside) / self.bandwidth(near), self._through_cuts(c, near))
     return within, c.nbytes * share(slices) / inside / network
+
+  @property
+  def _link(self) -> float:
+    """Bytes/s of one link of a torus, one way."""
+    return self.chip.interconnect / 2 / self.chip.devices / (2 * self.chip.torus)
 
   def _place(self, device):
     return (
@@ -387,7 +420,6 @@ class Links:
     if self.mesh.devices.flat[group[0]].platform != 'tpu':
       return 0.0
     operand = c.nbytes * c.size / (c.size - 1)
-    link = chip.interconnect / 2 / chip.devices / (2 * chip.torus)
     times = [0.0]
     coords, sides = self._places(group)
     for column, side in zip(coords.T, sides):
@@ -396,7 +428,7 @@ class Links:
         span, gap = len(places), int(np.diff(places).min())
         links = 2 if span * gap == side and side % chip.wraps == 0 else 1
         across = gap * (span // 2) * (span - span // 2) / span * operand
-        times.append(across / links / link)
+        times.append(across / links / self._link)
     return max(times)
 
   def _places(self, group: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,8 +6,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from analysis import candidates, roofline
+from analysis import candidates, published, roofline
 from decode.options import CHUNK
+from parallel import compiler
 from workdir.report import amount
 
 GB = 1e9
@@ -34,6 +35,11 @@ def seconds(value: float) -> str:
   return f'{value:.3f} s' if value >= 1 else f'{1e3 * value:.3f} ms'
 
 
+def error(chip) -> str:
+  """What predictions for a chip are worth."""
+  return published.band(chip) if chip.torus else roofline.GPU_ERROR
+
+
 def shortage(plan) -> str:
   """Why a plan does not fit."""
   if plan.problem:
@@ -54,6 +60,8 @@ def show(plan, cost: dict[str, float]) -> None:
     f'{plan.config.train.accumulation} microbatch(es); {plan.tokens:,} tokens {run}; '
     f'compiled in {plan.compile_seconds:.1f} s'
   )
+  if plan.mode == 'train':
+    console.print(compiler.said(plan.compiled_with))
   _memory(console, plan)
   if plan.prediction is None:
     return
@@ -62,7 +70,7 @@ def show(plan, cost: dict[str, float]) -> None:
   _times(console, plan, run)
   for text in plan.prediction.assumptions:
     console.print(f'  assumed: {text}')
-  console.print(f'  error: {roofline.ERROR["tpu" if plan.chip.torus else "gpu"]}')
+  console.print(f'  error: {error(plan.chip)}')
   if plan.mode == 'train' and plan.config.train.epochs:
     console.print(
       f'train.epochs={plan.config.train.epochs:g}: how many steps, the data says, which is not '
@@ -114,7 +122,16 @@ def _memory(console, plan):
 
 def _collectives(console, plan):
   table = _table(
-    'collectives of a device', 'kind', 'mesh axes', 'of', 'times', 'MB', 'on the links', 'exposed'
+    'collectives of a device',
+    'kind',
+    'mesh axes',
+    'of',
+    'times',
+    'started',
+    'MB',
+    'on the links',
+    'start to done',
+    'exposed',
   )
   rows = collections.defaultdict(list)
   for c in plan.collectives:
@@ -127,11 +144,32 @@ def _collectives(console, plan):
       ' x '.join(axes),
       str(alike[0].size),
       f'{times:,}',
+      _started(alike),
       f'{sent / 1e6:,.2f}',
       seconds(plan.prediction.links.get(key, 0.0)),
+      _distance(plan.prediction.between.get(key, 0.0), alike),
       seconds(plan.prediction.exposed.get(key, 0.0)),
     )
   console.print(table if rows else '\nno collectives')
+  if rows:
+    p = plan.prediction
+    console.print(
+      f'collectives take {seconds(sum(p.links.values()))} on the links, of which '
+      f'{seconds(sum(p.exposed.values()))} ({p.exposed_share:.0%}) beside no work'
+    )
+
+
+def _started(alike) -> str:
+  """How many of them are asynchronous, and by whom."""
+  started = sum(c.count for c in alike if c.started)
+  offloaded = sum(c.count for c in alike if c.rings)
+  return f'{started:,}' + (f' ({offloaded:,} on the SparseCore)' if offloaded else '')
+
+
+def _distance(between: float, alike) -> str:
+  """From a start to what waits for it, in the mean."""
+  started = sum(c.count for c in alike if c.started)
+  return seconds(between / started) if started else '-'
 
 
 def _times(console, plan, run):

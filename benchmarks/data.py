@@ -39,8 +39,12 @@ from data.prepare import prepare
 source = SourceConfig(kind='jsonl', path=sys.argv[1], text_field='text')
 tokenizer = TokenizerConfig(vocabulary=4096)
 config = DataConfig(sources=(source,), tokenizer=tokenizer, cache_dir=sys.argv[2])
-prepared = prepare(config, log=lambda line: print(line, file=sys.stderr, flush=True))
-print(json.dumps(prepared.report))
+lines = []
+prepared = prepare(config, log=lambda line: lines.append(line) or print(line, file=sys.stderr))
+(said,) = [line for line in lines if line.startswith('data: seconds: ')]
+seconds = dict(each.split() for each in said.removeprefix('data: seconds: ').split(', '))
+seconds = {stage: float(took) for stage, took in seconds.items()}
+print(json.dumps(prepared.report | {'seconds': seconds}))
 """
 
 

@@ -17,6 +17,7 @@ process measures its own; the median counts, because the best one is that of a m
 machine 81 GB/s once, where the others saw 43 to 51).
 """
 
+import dataclasses
 import importlib
 import json
 import statistics
@@ -37,8 +38,10 @@ SIDES = {
 
 def model_config(name: str):
   """The ModelConfig of a benchmark's model."""
-  if name == 'bench_30m':
-    return train_cpu.config().model
+  if name in ('bench_30m', 'toy'):
+    made = train_cpu.config().model
+    small = dict(vocabulary=64, width=32, layers=2, heads=2, kv_heads=1, feed_forward=64)
+    return made if name == 'bench_30m' else dataclasses.replace(made, **small)
   module = importlib.import_module(
     f'configs.{name}' if name.startswith('bench') else f'configs.models.{name}'
   )
@@ -219,7 +222,7 @@ def show(model: str, batch: int, runs: dict[str, list[dict]]) -> dict:
 def main():
   arguments = commands.parser(__doc__)
   arguments.add_argument(
-    '--model', default='bench_30m', help='bench_30m, bench_1b, or one of configs/models'
+    '--model', default='bench_30m', help='toy, bench_30m, bench_1b, or one of configs/models'
   )
   arguments.add_argument('--batches', default='1,8', help='rows, with commas between')
   arguments.add_argument('--sides', default=','.join(SIDES), help='of ' + ', '.join(SIDES))
@@ -249,7 +252,8 @@ def main():
         flags = ['--model', options.model, '--run', f'{side},{batch}']
         taken.append(train_step.in_process('benchmarks.decode', *flags, environment={}))
     results[batch] = show(options.model, batch, runs)
-  commands.write_json(options.json, 'decode', results)
+    # After each, so that what ends this later does not take what is there.
+    commands.write_json(options.json, 'decode', results)
 
 
 if __name__ == '__main__':

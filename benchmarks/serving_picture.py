@@ -17,6 +17,7 @@ def draw(sides: Mapping[str, Mapping[int, dict]], path: str) -> None:
   ends as an image does.
   """
   import matplotlib
+  from matplotlib import ticker
   from matplotlib.figure import Figure
 
   with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'serving'}):
@@ -31,6 +32,10 @@ def draw(sides: Mapping[str, Mapping[int, dict]], path: str) -> None:
         for at, wait, (clients, _) in zip(x, y, points):
           axes.annotate(f'{clients}', (at, wait), (3, 4), textcoords='offset points', fontsize=7)
       axes.set(xlabel='tokens/s of all answers', ylabel=title, xscale='log', yscale='log')
+      for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:,g}'))
+        axis.set_minor_formatter(ticker.NullFormatter())
       axes.grid(alpha=0.25, linewidth=0.6, which='both')
     figure.legend(
       *axes.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False

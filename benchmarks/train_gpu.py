@@ -1,7 +1,7 @@
 """Does training on a GPU run faster than with torch, and what is our attention worth there?
 A Llama of 1.1 billion parameters, in one run.
 
-    python -m benchmarks.train_gpu [--quick] [--budget 540]
+    python -m benchmarks.train_gpu [--quick] [--budget 540] [--sides=pallas_gpu,cudnn]
                                    [--json benchmarks/results/train_h100.json]
     python -m benchmarks.train_gpu --rehearse
     python -m benchmarks.train_gpu --predict
@@ -91,10 +91,12 @@ def side_of(side: str, length: int, steps: int, rehearsal: bool, checkpointed: b
   not be what is measured.
   """
   if side in THEIRS:
-    where = 'cpu' if rehearsal else 'cuda'
-    return train_step.transformers_torch(
-      config(length, 'auto', rehearsal), steps, where, THEIRS[side], checkpointed
-    )
+    from model import flops
+
+    made, where = config(length, 'auto', rehearsal), 'cpu' if rehearsal else 'cuda'
+    run = train_step.transformers_torch(made, steps, where, THEIRS[side], checkpointed)
+    needed = flops.train_flops_per_token(made.model, made.data.sequence_length)
+    return run | {'flops_per_token': needed}
   backend, packed = OURS[side]
   made = config(length, backend, rehearsal)
   if side == 'cudnn' and (reason := _refusal(made)):
@@ -259,6 +261,7 @@ def main() -> int:
   parser.add_argument('--quick', action='store_true', help='rows of 4k only')
   parser.add_argument('--budget', type=float, default=540, help='seconds for everything')
   parser.add_argument('--steps', type=int, default=8, help='timed steps of each side')
+  parser.add_argument('--sides', default=','.join(ORDER), help='with commas between')
   parser.add_argument(
     '--rehearse', action='store_true', help='a toy model on this CPU, to test the harness'
   )
@@ -270,6 +273,9 @@ def main() -> int:
       flag, help=argparse.SUPPRESS, **({'action': 'store_true'} if flag == '--checkpointed' else {})
     )
   options = parser.parse_args()
+  for side in options.sides.split(','):
+    if side not in ORDER:
+      parser.error(f'--sides: {side!r} is none of {", ".join(ORDER)}')
   if options.rehearse or options.predict:
     os.environ['JAX_PLATFORMS'] = 'cpu'
   if options.side == 'device':
@@ -297,7 +303,7 @@ def main() -> int:
   from analysis import hardware
 
   results = {}
-  for side in ORDER:
+  for side in options.sides.split(','):
     for length in LENGTHS[: 1 if options.quick else None]:
       why = NOT_ON_A_CPU.get(side) if options.rehearse else None
       run = {'error': why} if why else measure(side, length, options, ends)

@@ -10,19 +10,23 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import BinaryIO
 
+import files
+
+SUFFIXES = ('.gz', '.bz2', '.xz', '.zst')
+
 
 def opened(path: str) -> BinaryIO:
   """A file as it is, or decompressed by what its name ends in: .gz, .bz2, .xz or .zst."""
   if path.endswith('.gz'):
-    return gzip.open(path)
+    return gzip.open(files.stream(path))
   if path.endswith('.bz2'):
-    return bz2.open(path)
+    return bz2.open(files.stream(path))
   if path.endswith('.xz'):
-    return lzma.open(path)
+    return lzma.open(files.stream(path))
   if path.endswith('.zst'):
     check([path])
-    return _zstandard().open(path, 'rb')
-  return open(path, 'rb')
+    return _zstandard().open(files.stream(path), 'rb')
+  return files.stream(path)
 
 
 def check(paths: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -12,6 +12,7 @@ SHINGLE_WORDS, HASHES = 5, 112
 RECALL = 0.995  # of pairs exactly at the threshold
 SMALL = 32  # documents that share a band, of which all pairs are compared at once
 LARGE = 4096  # from here on they are divided by finer bands first
+LINKS = 2**20  # pairs held until clusters are joined by them
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
@@ -82,12 +83,39 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
   firsts = np.arange(count)  # of each document's cluster, as far as it is known
   number, values = bands(threshold)
   for band in range(number if count > 1 else 0):
-    groups = Groups(_band_keys(signatures[:, band * values : (band + 1) * values]))
-    links = [_alike(signatures, pairs, firsts, threshold) for pairs in groups.pairs()]
-    for members in groups.beyond(SMALL):
-      links += _links(signatures, members, threshold)
-    firsts = _joined(firsts, links)
+    keys = band_keys(signatures[:, band * values : (band + 1) * values])
+    firsts = clustered(signatures, keys, firsts, threshold)
   return firsts != np.arange(count)
+
+
+def clustered(
+  signatures: np.ndarray, keys: np.ndarray, firsts: np.ndarray, threshold: float
+) -> np.ndarray:
+  """The first documents of the clusters, once those that share a key and are alike count, too.
+
+  Args:
+    signatures: uint32 [documents, HASHES], or what gives rows of it.
+    keys: uint64 [documents], of one band.
+    firsts: int64 [documents], of each document's cluster as far as it is known.
+    threshold: as of near_duplicates.
+  """
+  groups, links, waiting = Groups(keys), [], 0
+  # At most LINKS are held: of many copies each pair is one.
+  for found in _found(signatures, groups, lambda: firsts, threshold):
+    links.append(found)
+    waiting += len(found)
+    if waiting >= LINKS:
+      firsts, links, waiting = _joined(firsts, links), [], 0
+  return _joined(firsts, links)
+
+
+def _found(
+  signatures: np.ndarray, groups: 'Groups', firsts: Callable[[], np.ndarray], threshold: float
+) -> Iterator[np.ndarray]:
+  for pairs in groups.pairs():
+    yield _alike(signatures, pairs, firsts(), threshold)
+  for members in groups.beyond(SMALL):
+    yield from _links(signatures, members, threshold)
 
 
 class Groups:
@@ -150,7 +178,7 @@ def _links(signatures: np.ndarray, members: np.ndarray, threshold: float) -> lis
   number, values = bands(threshold, recall=0.9999)
   for band in range(number):
     own = signatures[members, band * values : (band + 1) * values]
-    for part in Groups(_band_keys(own)).beyond(1):
+    for part in Groups(band_keys(own)).beyond(1):
       links += _links_within(signatures, members[part], threshold)
   return links
 
@@ -191,7 +219,31 @@ def _joined(firsts: np.ndarray, links: list[np.ndarray]) -> np.ndarray:
   return first[cluster]
 
 
-def _band_keys(values: np.ndarray) -> np.ndarray:
+def join(earlier: np.ndarray, links: np.ndarray) -> None:
+  """Joins clusters by links, in place.
+
+  Args:
+    earlier: int64 [documents], for each document one that is earlier in its cluster; the first of a
+      cluster has itself. May be memory-mapped: what is read and written are the links' own.
+    links: int64 [links, 2].
+  """
+  firsts = _first_of(earlier, links.reshape(-1)).reshape(-1, 2)
+  earlier[links] = firsts  # shortens the way for those that come
+  firsts = firsts[firsts[:, 0] != firsts[:, 1]]
+  known, places = np.unique(firsts, return_inverse=True)
+  clusters = _joined(np.arange(len(known)), [places.reshape(-1, 2)])
+  earlier[known] = known[clusters]
+
+
+def _first_of(earlier: np.ndarray, documents: np.ndarray) -> np.ndarray:
+  while True:
+    before = earlier[documents]
+    if (before == documents).all():
+      return documents
+    documents = before
+
+
+def band_keys(values: np.ndarray) -> np.ndarray:
   """One uint64 key per document from the values of a band, [documents, values]:
   a random linear hash modulo 2^64.
   """

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+import files
 import names
 from data import cache, generation, labelled, sources, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig
@@ -245,10 +246,10 @@ def _check(config: DataConfig, settings: Packed) -> None:
 
 
 def _key(config: DataConfig, settings: Packed, ends: Sequence[int], prompt: np.ndarray) -> str:
-  memo = pathlib.Path(config.cache_dir) / 'sources.json'
+  memo = files.kept(config.cache_dir) / 'sources.json'
   tokenizer = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
-    within = tokenizers.of(config.tokenizer.kind).paths(config.tokenizer.path)
+    within = tokenizers.of(config.tokenizer.kind).paths(files.here(config.tokenizer.path))
     tokenizer['path'] = sources.content_digest([str(file) for file in within], memo)
   content = {
     'records': FORMAT,

@@ -5,7 +5,6 @@ train.py hands it on to runs that begin with that one, and whoever opens a run r
 """
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ def read(directory: str | os.PathLike) -> dict[str, Any]:
 
   Raises ValueError for one that cannot be read.
   """
-  path = pathlib.Path(directory) / GENERATION
+  path = files.place(directory) / GENERATION
   generation = files.json_object(path.read_bytes(), path) if path.is_file() else {}
   end_ids(generation, path)
   return generation
@@ -40,7 +39,7 @@ def beside(path: str | os.PathLike) -> dict[str, Any]:
   """The same of the model whose tokenizer is at a path: in a checkpoint of transformers it lies in
   one directory with it, in a run beside the tokenizer's.
   """
-  place = pathlib.Path(path).expanduser()
+  place = files.place(path).expanduser()
   directory = place if place.is_dir() else place.parent
   return read(directory) or read(directory.parent if directory.name == 'tokenizer' else directory)
 

@@ -209,7 +209,7 @@ class HuggingFaceTokenizer(Tokenizer):
   def save(self, directory: str | os.PathLike) -> None:
     for name in {SETTINGS, SPECIAL_MAP, TEMPLATE} - self._contents.keys():
       # Another tokenizer's would be read with this one.
-      (pathlib.Path(directory) / name).unlink(missing_ok=True)
+      (files.place(directory) / name).unlink(missing_ok=True)
     super().save(directory)
 
   def _files(self) -> dict[str, bytes]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import files
+
 ROWS = 4096  # in memory
 
 
@@ -18,7 +20,7 @@ def rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     raise ValueError(f'{path} needs pyarrow: pip install -e .[parquet]') from error
   number = 0
   try:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(files.stream(path)) as file:
       for batch in file.iter_batches(ROWS):
         for row in batch.to_pylist():
           number += 1

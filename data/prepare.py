@@ -15,33 +15,37 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import pathlib
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+import files
+import names
 from data import cache, clean, duplicates, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig
+from data.encoding import encoded_by, sides_of
 from data.prepared import Prepared, described, held_out_sources, kept
 from data.texts import Texts
 from data.tokenizer import Tokenizer
 
 FORMAT = 3  # part of every key: raise it when the code changes what a config means
-ENCODE_CHARACTERS = 2**22  # encoded at a time: SentencePiece returns Python integers, 36 bytes each
 PARALLEL_BYTES = 2**26  # below this, starting worker processes costs more than they save
 
 
-def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepared:
+def prepare(
+  config: DataConfig, log: Callable[[str], object] = print, build: Callable | None = None
+) -> Prepared:
   """Prepares the corpus that a config describes, or loads it if that was done before.
 
   Args:
     config: the pipeline's settings.
     log: called with a line for each thing read, written or loaded.
+    build: another way to write the same bytes, (config, directory, log); see data/corpus.py.
 
   Raises:
     ValueError: nothing is left for training or for validation; a tokenizer that can't be made.
@@ -60,7 +64,7 @@ def prepare(config: DataConfig, log: Callable[[str], object] = print) -> Prepare
     # What needs no text is found wrong now, and not after hours of reading the corpus.
     tokenizers.build(config.tokenizer, (), ())
   began = time.perf_counter()
-  prepared = kept(config, corpus_key(config), _build_corpus, log)
+  prepared = kept(config, corpus_key(config), build or _build_corpus, log)
   train, held_out = prepared.report['packing']['train'], prepared.report['validation']
   log(
     f'data: loaded {prepared.directories[0]} in {time.perf_counter() - began:.2f} s: '
@@ -85,11 +89,11 @@ def corpus_key(config: DataConfig) -> str:
   """
   import importlib.metadata
 
-  memo = pathlib.Path(config.cache_dir) / 'sources.json'
+  memo = files.kept(config.cache_dir) / 'sources.json'
   trained = config.tokenizer.trained
   settings = dataclasses.asdict(config.tokenizer)
   if config.tokenizer.path:
-    within = tokenizers.of(config.tokenizer.kind).paths(config.tokenizer.path)
+    within = tokenizers.of(config.tokenizer.kind).paths(files.here(config.tokenizer.path))
     settings['path'] = sources.content_digest([str(file) for file in within], memo)
 
   cleaning = dataclasses.asdict(config.clean)
@@ -120,10 +124,10 @@ def corpus_key(config: DataConfig) -> str:
 def _build_corpus(
   config: DataConfig, directory: pathlib.Path, log: Callable[[str], object]
 ) -> None:
-  report = {'sources': [], 'seconds': {}}
+  report, seconds = {'sources': []}, {}
   texts = Texts(directory)
 
-  with _timed(report, 'clean'):
+  with _timed(seconds, 'clean'):
     seen: set[bytes] = set()
     bounds = [0]
     for source in (*config.sources, *config.validation):
@@ -143,12 +147,12 @@ def _build_corpus(
 
   kept = np.ones(len(texts), bool)
   if config.clean.near_duplicates and len(texts):
-    with _timed(report, 'near_duplicates'):
+    with _timed(seconds, 'near_duplicates'):
       kept = ~duplicates.near_duplicates(texts.signatures(), config.clean.near_duplicates)
       for counts, first, last in zip(report['sources'], bounds, bounds[1:]):
         counts['dropped']['near_duplicate'] = int((~kept[first:last]).sum())
   for counts in report['sources']:
-    log(_describe(counts))
+    log(described_counts(counts))
 
   boundary = _split(config, texts, kept, bounds)
 
@@ -158,7 +162,7 @@ def _build_corpus(
   def training():
     return (text[: boundary[d]] for d, text in texts.read(0, len(texts), kept) if boundary[d])
 
-  with _timed(report, 'tokenizer'):
+  with _timed(seconds, 'tokenizer'):
     characters = int(boundary[kept].sum())
     made = tokenizers.build(
       config.tokenizer,
@@ -167,27 +171,19 @@ def _build_corpus(
       share=min(1.0, config.tokenizer.training_bytes / max(characters, 1)),
     )
     made.save(directory / 'tokenizer')
-  special = None
-  if 'bos_token' not in made.special_tokens:
-    special = {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
-  log(
-    f'data: {made.kind} tokenizer of {made.vocabulary} ids in '
-    f'{report["seconds"]["tokenizer"]:.1f} s'
-    + (f'; it has no bos, so documents begin with its {special}' if special else '')
-  )
+  log(described_tokenizer(made, seconds['tokenizer']))
 
-  with _timed(report, 'encode'):
+  with _timed(seconds, 'encode'):
     written = _encode(directory, texts, kept, boundary, bounds, made, report)
   texts.delete()
-  total = (
-    sum(counts['train']['bytes'] for counts in report['sources']) + report['validation']['bytes']
-  )
-  log(
-    f'data: encoded {total / 1e6:.1f} MB in {report["seconds"]["encode"]:.1f} s, '
-    f'{report["tokenizer"]["bytes_per_token"]:.2f} bytes per token, '
-    f'{report["tokenizer"]["characters_lost"]} characters lost in '
-    f'{report["tokenizer"]["documents_lost"]} documents'
-  )
+  log(described_encoding(report, seconds['encode']))
+  # Not in the report, which is the same whoever makes it, and how fast.
+  log('data: seconds: ' + ', '.join(f'{stage} {took:.2f}' for stage, took in seconds.items()))
+  write_index(config, directory, written, report)
+
+
+def write_index(config: DataConfig, directory: pathlib.Path, written: list, report: dict) -> None:
+  """Completes a corpus: files' records, and the report on all sources, those held out apart."""
   training_sources = len(config.sources)
   report['validation_sources'] = report['sources'][training_sources:]
   report['sources'] = report['sources'][:training_sources]
@@ -206,7 +202,7 @@ def _cleaned(
       counts['read'].update(documents=1, characters=len(text))
       yield text
 
-  large = sum(map(os.path.getsize, sources.paths(source))) > PARALLEL_BYTES
+  large = sum(map(sources.size, sources.paths(source))) > PARALLEL_BYTES
   for document in clean.clean_all(
     reading(), config.clean, workers=(os.cpu_count() or 1) if large else 1
   ):
@@ -240,20 +236,36 @@ def _split(config: DataConfig, texts: Texts, kept: np.ndarray, bounds: list[int]
       begins = np.cumsum(characters[first:last]) - characters[first:last]
       training = int(characters[first:last].sum() * (1 - config.validation_fraction))
       boundary[first:last] = np.clip(training - begins, 0, characters[first:last])
-  for source, first, last in zip(config.sources, bounds, bounds[1:]):
-    if not boundary[first:last].any():
+  parts = [slice(first, last) for first, last in zip(bounds, bounds[1:])]
+  check_split(
+    config,
+    [(part.stop - part.start, int(kept[part].sum()), bool(boundary[part].any())) for part in parts],
+    held_out=bool((boundary < characters).any()),
+  )
+  return boundary
+
+
+def check_split(config: DataConfig, each: Sequence[tuple[int, int, bool]], held_out: bool) -> None:
+  """Raises ValueError where a side is empty.
+
+  Args:
+    each: of each source, how many documents passed the filters, how many are left after
+      near-duplicates, and whether there is anything to train on.
+    held_out: whether anything is.
+  """
+  for source, (passed, left, training) in zip(config.sources, each):
+    if not training:
       raise ValueError(
-        f'nothing is left to train on of {source} ({last - first} documents passed the filters, '
-        f'{int(kept[first:last].sum())} after near-duplicates): see the counts above; loosen '
+        f'nothing is left to train on of {source} ({passed} documents passed the filters, '
+        f'{left} after near-duplicates): see the counts above; loosen '
         'data.clean, lower validation_fraction, or remove the source'
       )
-  if (boundary == characters).all():
+  if not held_out:
     raise ValueError(
-      f'nothing is held out: none of {int(kept.sum())} documents falls into validation_fraction='
-      f"{config.validation_fraction}; raise it, use split='tail' for a corpus of few documents, or "
-      'name other sources by data.validation'
+      f'nothing is held out: none of {sum(left for _, left, _ in each)} documents falls into '
+      f'validation_fraction={config.validation_fraction}; raise it, use '
+      "split='tail' for a corpus of few documents, or name other sources by data.validation"
     )
-  return boundary
 
 
 def _encode(
@@ -279,8 +291,8 @@ def _encode(
       trained = counts['train'] = collections.Counter(documents=0, bytes=0, tokens=0)
       before = len(validation.shards)
       with shards.ShardWriter(directory, f'train-{i}', made.vocabulary) as train:
-        sides = _sides(texts.read(bounds[i], bounds[i + 1], kept), boundary)
-        for for_training, text, ids in _encoded(made, sides):
+        sides = sides_of(texts.read(bounds[i], bounds[i + 1], kept), boundary)
+        for for_training, text, ids in encoded_by(made, sides):
           losses = made.losses(text, ids)
           lost.update(documents_lost=losses > 0, characters_lost=losses)
           encoded = text.encode()
@@ -296,8 +308,14 @@ def _encode(
       counts['held_out_shards'] = len(validation.shards) - before
   held_out['shards'] = validation.shards
   np.save(directory / 'validation.text.npy', np.array(offsets, np.int64))
+  return conclude(directory, made, lost, report)
 
-  splits = [counts['train'] for counts in report['sources']] + [held_out]
+
+def conclude(
+  directory: pathlib.Path, made: Tokenizer, lost: Mapping[str, int], report: dict
+) -> list[dict]:
+  """Completes the report on what was encoded by what the tokenizer gave; the files' records."""
+  splits = [counts['train'] for counts in report['sources']] + [report['validation']]
   total_bytes, total_tokens = (sum(split[unit] for split in splits) for unit in ('bytes', 'tokens'))
   report['tokenizer'] = {
     'kind': made.kind,
@@ -314,32 +332,7 @@ def _encode(
   return written + [cache.record(directory, name) for name in names]
 
 
-def _sides(
-  documents: Iterator[tuple[int, str]], boundary: np.ndarray
-) -> Iterator[tuple[bool, str]]:
-  """Cuts documents at their boundaries: (is for training, text), without empty texts."""
-  for d, text in documents:
-    for for_training, part in ((True, text[: boundary[d]]), (False, text[boundary[d] :])):
-      if part:
-        yield for_training, part
-
-
-def _encoded(
-  made: Tokenizer, sides: Iterator[tuple[bool, str]]
-) -> Iterator[tuple[bool, str, np.ndarray]]:
-  """Adds each text's ids, encoding many texts together."""
-  batch, characters = [], 0
-  for side in itertools.chain(sides, [None]):
-    if side is not None:
-      batch.append(side)
-      characters += len(side[1])
-    if batch and (side is None or characters >= ENCODE_CHARACTERS):
-      encoded = made.encode_arrays([text for _, text in batch])
-      yield from ((for_training, text, ids) for (for_training, text), ids in zip(batch, encoded))
-      batch, characters = [], 0
-
-
-def _describe(counts: dict) -> str:
+def described_counts(counts: dict) -> str:
   def listed(of: dict) -> str:
     return ', '.join(f'{count:,} {name}' for name, count in of.items() if count) or 'none'
 
@@ -353,8 +346,32 @@ def _describe(counts: dict) -> str:
   )
 
 
+def described_tokenizer(made: Tokenizer, seconds: float) -> str:
+  special = None
+  if 'bos_token' not in made.special_tokens:
+    special = {made.pad: 'pad', made.eos: 'eos'}.get(made.bos)
+  return f'data: {made.kind} tokenizer of {made.vocabulary} ids in {seconds:.1f} s' + (
+    f'; it has no bos, so documents begin with its {special}' if special else ''
+  )
+
+
+def described_encoding(report: dict, seconds: float) -> str:
+  total = (
+    sum(counts['train']['bytes'] for counts in report['sources']) + report['validation']['bytes']
+  )
+  made = report['tokenizer']
+  return (
+    f'data: encoded {total / 1e6:.1f} MB in {seconds:.1f} s, {made["bytes_per_token"]:.2f} bytes '
+    f'per token, {made["characters_lost"]} characters lost in {made["documents_lost"]} documents'
+  )
+
+
 @contextlib.contextmanager
-def _timed(report: dict, stage: str):
+def _timed(seconds: dict, stage: str):
   began = time.perf_counter()
   yield
-  report['seconds'][stage] = time.perf_counter() - began
+  seconds[stage] = time.perf_counter() - began
+
+
+if __name__ == '__main__':
+  names.imported('data.preparing.main')()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import files
-from data import building, cache, shards, tokenizers
+from data import building, cache, mirrored, shards, tokenizers
 from data.config import DataConfig, SourceConfig
 from data.tokenizer import Tokenizer
 
@@ -81,10 +81,15 @@ def kept(
     rows: how training rows are filled; None: with documents, of config.sequence_length.
   """
   rows = rows or shards.Rows(config.sequence_length)
-  directory = pathlib.Path(config.cache_dir) / key
-  building.once(directory, lambda partial: build(config, partial, log), log)
+  place = files.kept(config.cache_dir)
+  directory = place / key
+
+  def once(name: str, build: Callable) -> None:
+    building.once(place / name, mirrored.built(config.cache_dir, name, build, log), log)
+
+  once(key, lambda partial: build(config, partial, log))
   plan = directory / rows.name
-  building.once(plan, lambda partial: _build_plan(rows, directory, partial, log), log)
+  once(f'{key}/{rows.name}', lambda partial: _build_plan(rows, directory, partial, log))
   return _load(config, directory, plan, rows, log)
 
 
@@ -104,26 +109,39 @@ def _build_plan(
   """Packs every split's shards into rows."""
   report = cache.read_index(corpus)['report']
   began = time.perf_counter()
-  splits = [(counts['train']['shards'], rows) for counts in report['sources']]
-  splits.append((report['validation']['shards'], rows.in_order))
+  splits = [counts['train']['shards'] for counts in report['sources']]
+  plans = [[rows.write_plan(corpus, directory, entry) for entry in split] for split in splits]
+  held_out = report['validation']['shards']
+  plans.append([rows.in_order.write_plan(corpus, directory, entry) for entry in held_out])
+  conclude_plans(rows, directory, plans, began, log)
 
+
+def conclude_plans(
+  rows: shards.Rows,
+  directory: pathlib.Path,
+  splits: list[list[dict]],
+  began: float,
+  log: Callable[[str], object],
+) -> None:
+  """Completes a directory of plans.
+
+  Args:
+    splits: of each source, and last of what is held out, the plans' entries.
+    began: when, by time.perf_counter.
+  """
   packed, written = [], []
-  for entries, form in splits:
-    plans = [form.write_plan(corpus, directory, entry) for entry in entries]
+  for plans, form in zip(splits, [*[rows] * (len(splits) - 1), rows.in_order]):
     totals = {name: sum(plan[name] for plan in plans) for name in ('rows', *form.counts)}
     per_shard = [plan['rows'] for plan in plans]
     packed.append({**totals, 'fill': form.fill(totals), 'rows_per_shard': per_shard})
     written += [file for plan in plans for file in plan['files']]
 
-  seconds = time.perf_counter() - began
   log(
-    f'data: packed into rows of {rows.size} in {seconds:.1f} s; filled '
+    f'data: packed into rows of {rows.size} in {time.perf_counter() - began:.1f} s; filled '
     + ', '.join(f'{split["fill"]:.2%}' for split in packed[:-1])
     + f' (held out, in order: {packed[-1]["fill"]:.2%})'
   )
-  cache.write_index(
-    directory, written, {'train': packed[:-1], 'validation': packed[-1], 'seconds': seconds}
-  )
+  cache.write_index(directory, written, {'train': packed[:-1], 'validation': packed[-1]})
 
 
 def _load(

@@ -134,7 +134,7 @@ def train(config: TokenizerConfig, texts: Iterable[str], share: float = 1.0) -> 
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_sample(_chunks(texts), share),
+      sentence_iterator=_sample(chunked(texts), share),
       model_writer=model,
       model_type=config.algorithm,
       vocab_size=config.vocabulary or DEFAULT_VOCABULARY,
@@ -172,7 +172,7 @@ def _sample(chunks: Iterable[str], share: float) -> Iterator[str]:
 _CHUNK = 4000
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[str]:
+def chunked(texts: Iterable[str]) -> Iterator[str]:
   """Cuts texts at line ends into chunks that the trainer accepts;
   line ends stay, so they are learned as pieces.
   """

@@ -11,12 +11,15 @@ checksum.
 import dataclasses
 import functools
 import pathlib
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from data import cache, packing as plans
-from data.batch import Batch
+
+if typing.TYPE_CHECKING:
+  from data.batch import Batch  # which is JAX's: whoever only writes shards needs none
 
 # How pieces fill rows: as best they fit, in their order, or one a row.
 FIT, ORDER, ALONE = PACKINGS = 'fit', 'order', 'alone'
@@ -44,7 +47,7 @@ class ShardWriter:
   ):
     self._directory, self._name = directory, name
     self._suffixes = ['tokens', *(['scored'] if scored else [])]
-    self._dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+    self._dtype = dtype_of(vocabulary)
     self._files = []
     self._offsets = [0]
     self._noted, self._notes = notes, []
@@ -92,18 +95,33 @@ class ShardWriter:
     if self._noted:
       np.save(self._path('notes.npy'), np.array(self._notes, np.float64))
       suffixes.append('notes.npy')
-    self.shards.append(
-      {
-        'name': f'{self._name}-{len(self.shards):05d}',
-        'dtype': self._dtype.name,
-        'tokens': self._offsets[-1],
-        'documents': len(self._offsets) - 1,
-        'files': [cache.record(self._directory, self._path(suffix).name) for suffix in suffixes],
-        **({'scored': True} if 'scored' in self._suffixes else {}),
-      }
-    )
+    name = self._path(suffixes[0]).name.removesuffix(f'.{suffixes[0]}')
+    made = entry_of(self._directory, name, self._dtype, self._offsets, suffixes)
+    self.shards.append(made | ({'scored': True} if 'scored' in self._suffixes else {}))
     self._files, self._notes = [], []
     self._offsets = [0]
+
+
+def dtype_of(vocabulary: int) -> np.dtype:
+  """What tokens are kept as."""
+  return np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+
+
+def entry_of(
+  directory: pathlib.Path,
+  name: str,
+  dtype: np.dtype,
+  offsets: Sequence[int],
+  suffixes: Sequence[str],
+) -> dict:
+  """What an index says of a shard whose files are written."""
+  return {
+    'name': name,
+    'dtype': dtype.name,
+    'tokens': int(offsets[-1]),
+    'documents': len(offsets) - 1,
+    'files': [cache.record(directory, f'{name}.{suffix}') for suffix in suffixes],
+  }
 
 
 PLANS = {FIT: plans.pack, ORDER: plans.pack_in_order, ALONE: plans.pack_alone}
@@ -236,7 +254,7 @@ class PackedSource:
   def __len__(self) -> int:
     return int(self.ends[-1]) if len(self.ends) else 0
 
-  def fill(self, index: int, batch: Batch, into: int) -> None:
+  def fill(self, index: int, batch: 'Batch', into: int) -> None:
     """Writes row `index` into row `into` of a Batch of numpy arrays made by Batch.empty."""
     shard, pieces = self.pieces(index)
     at = 0

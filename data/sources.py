@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import errno
 import glob
 import hashlib
 import io
@@ -14,6 +15,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import files
 import names
@@ -28,6 +30,9 @@ STDLIB_EXCLUDED = frozenset(
 # mtime (git: "racily clean").
 RACY_SECONDS = 2.0
 SHOWN = 20  # keys of records, in a message
+# What a disk says that fails, and not a file that is damaged: a wait may mend it, and what the file
+# holds is not lost.
+OF_DISKS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class Problems(collections.Counter):
@@ -65,9 +70,7 @@ def paths(source: SourceConfig) -> list[str]:
       matches += [os.path.join(directory, name) for name in names if name.endswith('.py')]
     where = f'the standard library at {root}'
   else:
-    matches = [
-      path for path in set(_matches(os.path.expanduser(source.path))) if os.path.isfile(path)
-    ]
+    matches = found(source.path)
     where = f'path={source.path!r} (seen from {os.getcwd()})'
     if os.path.isdir(os.path.expanduser(source.path)):
       where += f", which is a folder: path='{source.path.rstrip('/')}/**/*' takes all files in it"
@@ -78,6 +81,18 @@ def paths(source: SourceConfig) -> list[str]:
   compressed.check(matches)
   # By their bytes: what a name's characters are depends on the locale.
   return sorted(matches, key=os.fsencode)
+
+
+def found(pattern: str) -> list[str]:
+  """The files that a glob matches."""
+  if files.remote(pattern):
+    return [str(place) for place in files.place(pattern).matching()]
+  return [path for path in set(_matches(os.path.expanduser(pattern))) if os.path.isfile(path)]
+
+
+def size(path: str) -> int:
+  """In bytes."""
+  return files.place(path).stat().st_size
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -109,14 +124,18 @@ def documents(source: SourceConfig, problems: Problems) -> Iterator[str]:
   keys: dict[str, str] = {}
   documents = 0
   for path in paths(source):
-    try:
-      for text in _texts(source, path, problems, keys):
-        documents += 1
-        yield text
-    except UnicodeDecodeError:
-      problems.add('undecodable', path)
-    except compressed.damaged():
-      problems.add('unreadable', path)
+    for text in of_file(source, path, problems, keys):
+      documents += 1
+      yield text
+  check_found(source, documents, problems, keys)
+
+
+def check_found(
+  source: SourceConfig, documents: int, problems: Problems, keys: dict[str, str]
+) -> None:
+  """Raises ValueError where no record of a source has the field that should hold the text;
+  `keys` are those that records without it have.
+  """
   if keys and not documents:
     shown = ', '.join(f'{key} ({kind})' for key, kind in [*keys.items()][:SHOWN])
     raise ValueError(
@@ -126,16 +145,62 @@ def documents(source: SourceConfig, problems: Problems) -> Iterator[str]:
     )
 
 
-def _texts(
-  source: SourceConfig, path: str, problems: Problems, keys: dict[str, str]
+class Span:
+  """The lines of a file that begin at bytes of [begin, end).
+
+  Attributes:
+    lines: how many have been read.
+  """
+
+  def __init__(self, begin: int, end: int):
+    self._begin, self._end, self.lines = begin, end, 0
+
+  def of(self, file: BinaryIO) -> Iterator[bytes]:
+    """Those lines."""
+    at = self._begin
+    if at:
+      # Whoever reads what is before this has the line that goes on here.
+      file.seek(at - 1)
+      at += len(file.readline()) - 1
+    for line in file:
+      if at >= self._end:
+        return
+      at += len(line)
+      self.lines += 1
+      yield line
+
+
+def of_file(
+  source: SourceConfig,
+  path: str,
+  problems: Problems,
+  keys: dict[str, str],
+  span: Span | None = None,
 ) -> Iterator[str]:
-  """The texts of one file."""
+  """The texts of one file, or of a span of one whose lines are records; updates `problems`, and
+  `keys` by those of records without a text. Raises OSError where the disk fails.
+  """
+  try:
+    yield from _texts(source, path, problems, keys, span)
+  except UnicodeDecodeError:
+    problems.add('undecodable', path)
+  except compressed.damaged() as error:
+    if getattr(error, 'errno', None) in OF_DISKS:
+      raise
+    problems.add('unreadable', path)
+
+
+def _texts(
+  source: SourceConfig, path: str, problems: Problems, keys: dict[str, str], span: Span | None
+) -> Iterator[str]:
   if source.kind in ('stdlib', 'text'):
     with compressed.opened(path) as file:
       text = file.read().decode('utf-8-sig')
     yield text
   elif source.kind == 'jsonl':
-    yield from _jsonl(path, source.text_field, problems, keys)
+    with compressed.opened(path) as file:
+      lines = span.of(file) if span else file
+      yield from _jsonl(lines, path, source.text_field, problems, keys)
   elif source.kind == 'parquet':
     for place, row in names.imported('data.parquet.rows')(path):
       yield from _field(row, source.text_field, problems, keys, *place.rsplit(':', 1))
@@ -143,21 +208,22 @@ def _texts(
     yield from _csv(path, source.text_field, problems)
 
 
-def _jsonl(path: str, field: str, problems: Problems, keys: dict[str, str]) -> Iterator[str]:
+def _jsonl(
+  lines: Iterable[bytes], path: str, field: str, problems: Problems, keys: dict[str, str]
+) -> Iterator[str]:
   """Texts of a file; of the records without one, gathers keys with the types of their values."""
-  with compressed.opened(path) as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      try:
-        record = files.parsed(line.decode('utf-8-sig'), path)
-      except UnicodeDecodeError:
-        problems.add('undecodable', path, number)
-        continue
-      except ValueError:
-        problems.add('malformed', path, number)
-        continue
-      yield from _field(record, field, problems, keys, path, number)
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      record = files.parsed(line.decode('utf-8-sig'), path)
+    except UnicodeDecodeError:
+      problems.add('undecodable', path, number)
+      continue
+    except ValueError:
+      problems.add('malformed', path, number)
+      continue
+    yield from _field(record, field, problems, keys, path, number)
 
 
 def _field(
@@ -250,14 +316,15 @@ def content_digest(names: list[str], memo_file: pathlib.Path) -> str:
   changed = False
   total = hashlib.blake2b(digest_size=16)
   for path in names:
-    status = os.stat(path)
-    name = os.path.abspath(path)
+    status = files.place(path).stat()
+    name = path if files.remote(path) else os.path.abspath(path)
+    version = [status.st_size, status.tag if files.remote(path) else status.st_mtime_ns]
     entry = memo.get(name)
-    if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
+    if entry is None or entry[:2] != version:
       now = time.time()
-      with open(path, 'rb') as file:
+      with files.stream(path) as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-      entry = [status.st_size, status.st_mtime_ns, digest]
+      entry = [*version, digest]
       if now - status.st_mtime > RACY_SECONDS:
         memo[name], changed = entry, True
     total.update(os.fsencode(os.path.basename(path)) + f'\0{entry[2]}\n'.encode())

@@ -156,7 +156,7 @@ class Tokenizer:
   def save(self, directory: str | os.PathLike) -> None:
     """Writes everything that `load` needs into a directory, which is made if needed."""
     for name, content in self._files().items():
-      files.replace(pathlib.Path(directory) / name, content)
+      files.replace(files.place(directory) / name, content)
 
   def _files(self) -> dict[str, bytes]:
     extra = {'extra': [*self.extra]} if self.extra else {}

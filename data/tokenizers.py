@@ -96,7 +96,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     ValueError: a file that isn't what its name says; a tokenizer.json that can't be used, see
       data/huggingface.py.
   """
-  path = pathlib.Path(path).expanduser()
+  path = files.here(path).expanduser()
   if path.is_file() and path.suffix != '.json':
     return of('sentencepiece').read(path)
   path = path.parent if path.name == INDEX else path

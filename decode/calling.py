@@ -48,13 +48,15 @@ class Splits:
   """Puts arrays on a mesh, split along their rows."""
 
   def __init__(self, mesh: jax.sharding.Mesh):
-    self._mesh = mesh
+    self._mesh, self._several = mesh, mesh.is_multi_process
     self._shardings: dict[int, jax.NamedSharding] = {}
 
   def put(self, xs: Sequence[np.ndarray]) -> list[jax.Array]:
     """Of new arrays each time: on a CPU the device may go on using the memory of what it is
     given.
     """
+    if self._several:  # where device_put would compare what all processes give, on their devices
+      return [jax.make_array_from_callback(x.shape, self.of(x.ndim), x.__getitem__) for x in xs]
     return jax.device_put(list(xs), [self.of(x.ndim) for x in xs])
 
   def of(self, rank: int) -> jax.NamedSharding:

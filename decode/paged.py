@@ -82,7 +82,9 @@ class PagedEngine(Engine):
 
   def seat(self) -> list[int]:
     wants = {
-      row: min(self._prefixes.written(row) + self.sizes.steps, _most(self._requests[row]))
+      row: min(
+        self._prefixes.written(row) + self._most(self.sizes.steps), _most(self._requests[row])
+      )
       for row in self.writing
     }
     seated = self._make_room(wants)
@@ -164,9 +166,12 @@ class PagedEngine(Engine):
     self._preempted += len(leaving)
     self._waiting = waiting
     rows = np.arange(self.sizes.rows)
-    masks = [self._put(np.isin(rows, list(some))) for some in (leaving, returning)]
     self._holder()
-    self.state, self._kept = self._run('hold', self.state, self._kept, *masks)
+    self._wait(*(self._put(np.isin(rows, list(some))) for some in (leaving, returning)))
+
+  def _wait(self, leaving: jax.Array, returning: jax.Array) -> None:
+    """What these rows [B] are on the device besides their pages."""
+    self.state, self._kept = self._run('hold', self.state, self._kept, leaving, returning)
 
   def _move(self, kind: str, part: int, moves: Sequence[Move]) -> None:
     """Contents of pages of a part of the mesh."""

@@ -83,11 +83,6 @@ class Sizes:
         f'draft_tokens={self.draft_tokens} of an engine must be below read_tokens='
         f'{self.read_tokens}: rings of slots have no room for more at once; draft fewer'
       )
-    if self.lookup and self.pages:
-      raise ValueError(
-        f'lookup={self.lookup} with pages={self.pages} of an engine: rejected drafts have no '
-        'place in pages so far; give lookup=0, or pages=0'
-      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from data.tokenizer import in_utf8
 from decode.choices import room
 from decode.loaded import LoadedModel
 from evaluation.prompts import Shots
+from evaluation.sandbox import Sandbox
 from evaluation.task import (
   Classification,
   Generate,
@@ -35,6 +36,7 @@ class Manner:
     limit: the first rows of each task; 0: all. seed: of the examples shown, of draws and intervals.
     system: text before all else; of a chat, what the system says.
     chat: whether prompts are turns of a user, by the chat template of the run.
+    programs: where programs run that a model wrote; None: nowhere.
   """
 
   data: str = '.'
@@ -42,6 +44,7 @@ class Manner:
   seed: int = 0
   system: str = ''
   chat: bool = False
+  programs: Sandbox | None = None
 
 
 @dataclasses.dataclass(frozen=True)

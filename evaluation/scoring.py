@@ -21,6 +21,7 @@ from evaluation.classify import CONTENT_FREE, asking_of, label_scores, probabili
 from evaluation.examples import Asker, Item, Manner, fitted
 from evaluation.measures import Measure, chance_of, classified, measures
 from evaluation.pseudo import pair_scores
+from evaluation.sandbox import CONFINED
 from evaluation.task import Classification, Generate, MultipleChoice, Perplexity, Task, at_fault
 
 Line = dict
@@ -264,6 +265,12 @@ class Writing(Scorer):
     super().__init__(model, task, manner, asked)
     self._metrics = task.measured
     kind = task.kind
+    if kind.program and not manner.programs:
+      raise ValueError(
+        'its answers are programs, which have to run to be judged: evaluate.py '
+        f'--run_programs={CONFINED} runs them without files and network, =trusted with the rights '
+        'of who evaluates'
+      )
     self.block = max(1, writing.ROWS // kind.samples) if self.asker.encoder else 1
     limit = room(model, 1) if self.asker.encoder else room(model, kind.max_new_tokens + 1)
     if limit < 1:
@@ -291,7 +298,10 @@ class Writing(Scorer):
   def _line(self, each: Item, answers: Sequence[writing.Reply]) -> Line:
     kind, row = self.task.kind, dict(each.row)
     said = [self._extracted(each, answer.text) for answer in answers]
-    if kind.passed is not None:
+    faults = [self.manner.programs.fault(kind.program(text, row)) for text in said if kind.program]
+    if kind.program:
+      row |= {'samples': len(said), 'passed': faults.count('')}
+    elif kind.passed:
       row |= {'samples': len(said), 'passed': sum(bool(kind.passed(text, row)) for text in said)}
     line = {
       'answers': [answer.text for answer in answers],
@@ -299,8 +309,10 @@ class Writing(Scorer):
       'references': [*each.references],
       'finish': [answer.finish for answer in answers],
     }
-    if kind.passed is not None:
+    if kind.passed or kind.program:
       line['passed'] = row['passed']
+    if kind.program:
+      line['faults'] = faults
     counts = {
       'empty': sum(not text.strip() for text in said),
       'endless': sum(answer.finish == 'length' for answer in answers),

@@ -23,7 +23,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TASKS = ROOT / 'configs' / 'tasks'
 NORMALISATIONS = (*OF_WORDS, 'byte')
 TEXT = 'txt'
-COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
 
 Row = dict[str, Any]
 
@@ -76,6 +75,8 @@ class Generate:
     samples: answers to a prompt, for pass@k; other metrics read the first.
     extract: what of an answer is judged, by its text; default: all but white space around it.
     passed: (answer, row) -> whether it is right, for pass@k.
+    program: the same by a program of Python: (answer, row) -> one that ends without an error where
+      it is right. It runs where evaluate.py --run_programs says.
   """
 
   references: str = ''
@@ -85,6 +86,7 @@ class Generate:
   samples: int = 1
   extract: Callable[[str], str] | None = None
   passed: Callable[[str, Row], bool] | None = None
+  program: Callable[[str, Row], str] | None = None
 
   def __post_init__(self):
     if isinstance(self.stops, str) or not all(isinstance(x, str) and x for x in self.stops):
@@ -99,6 +101,8 @@ class Generate:
       raise ValueError(
         f'samples={self.samples} with temperature=0 are all the same; give a temperature'
       )
+    if self.passed and self.program:
+      raise ValueError('passed and program both say what is right; leave one out')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +220,8 @@ class Task:
       raise ValueError(
         f"prompt='' of a {type(kind).__name__}: give Jinja text, as in '{{{{ text }}}}'"
       )
-    if isinstance(kind, Generate) and not kind.references and not self.target and not kind.passed:
+    judged = isinstance(kind, Generate) and (kind.references or kind.passed or kind.program)
+    if isinstance(kind, Generate) and not judged and not self.target:
       raise ValueError('a Generate needs references (a field) or a target (Jinja text) to judge by')
     if isinstance(kind, Classification) and (self.prompt or self.target):
       raise ValueError('a Classification is asked by its template; leave prompt and target out')
@@ -247,7 +252,7 @@ class Task:
 def kind_of(path: str) -> str:
   """How a file of rows is read, by its name. Raises ValueError for another."""
   name = pathlib.PurePath(path)
-  while name.suffix in COMPRESSED:
+  while name.suffix in compressed.SUFFIXES:
     name = name.with_suffix('')
   return names.check(f'the kind of {path}', name.suffix.removeprefix('.'), [*READERS, TEXT])
 

@@ -33,7 +33,7 @@ BACKENDS = {
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Groups:
+class RowGroups:
   """How rows lie in groups, and what multiplies them.
 
   The fields are annotated Any because JAX rebuilds registered dataclasses with tracers.

@@ -32,7 +32,7 @@ ROWS, OUTPUTS, CHUNK = 512, 1024, 256
 OUTER, OUTER_CHUNK = 1024, 512
 
 
-class Visits(NamedTuple):
+class GroupVisits(NamedTuple):
   """A table in scalar memory, [V] each.
 
   Attributes:
@@ -53,7 +53,7 @@ class Visits(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
+class GroupedSteps:
   """What a grid step works on: rows of a tile and of a chunk, inputs and outputs of a product."""
 
   rows: int
@@ -266,7 +266,7 @@ def _kept(a, start, low, high):
   return jnp.where(_between(start, low, high, a.shape), wide, 0.0).astype(a.dtype)
 
 
-def visits_of(sizes, M: int, rows: int, every: bool = False) -> Visits:
+def visits_of(sizes, M: int, rows: int, every: bool = False) -> GroupVisits:
   """The visits of M rows in tiles of `rows`. every: groups without rows have one, too."""
   E, tiles = len(sizes), pl.cdiv(M, rows)
   sizes = sizes.astype(jnp.int32)
@@ -301,7 +301,7 @@ def visits_of(sizes, M: int, rows: int, every: bool = False) -> Visits:
   change = (seen[1:] != seen[:-1]).astype(jnp.int32)
   edge = jnp.ones((1,), jnp.int32)
   first, last = jnp.concatenate([edge, change]), jnp.concatenate([change, edge])
-  return Visits(group, tile, target, low, high, first, last)
+  return GroupVisits(group, tile, target, low, high, first, last)
 
 
 class _Cost(NamedTuple):
@@ -325,7 +325,7 @@ class _Cost(NamedTuple):
     )
 
 
-def steps_of(x, w, transposed: bool = False) -> Steps | None:
+def steps_of(x, w, transposed: bool = False) -> GroupedSteps | None:
   """Of `products`: all inputs of as many outputs as fit; None where none do."""
   K, N = w.shape[:0:-1] if transposed else w.shape[1:]
   rows, vmem, halves = _here(len(x))
@@ -335,14 +335,14 @@ def steps_of(x, w, transposed: bool = False) -> Steps | None:
   # A chunk's products are in f32 before they are rounded.
   of_output += 4 * min(CHUNK, rows)
   outputs = _part(N, min(OUTPUTS, (vmem - 2 * rows * K * width) // of_output), halves)
-  return Steps(rows, min(CHUNK, rows), K, outputs, vmem) if outputs else None
+  return GroupedSteps(rows, min(CHUNK, rows), K, outputs, vmem) if outputs else None
 
 
-def outer_steps_of(x, dy) -> Steps:
+def outer_steps_of(x, dy) -> GroupedSteps:
   """Of `outer_products`."""
   rows, vmem, halves = _here(len(x))
   inputs, outputs = _part(x.shape[1], OUTER, halves), _part(dy.shape[1], OUTER)
-  return Steps(rows, min(OUTER_CHUNK, rows), inputs, outputs, vmem)
+  return GroupedSteps(rows, min(OUTER_CHUNK, rows), inputs, outputs, vmem)
 
 
 def _here(M: int) -> tuple[int, int, bool]:

@@ -421,14 +421,18 @@ def read_json(directory: pathlib.Path) -> dict:
 
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A directory beside the named one, which takes its name at the end;
-  after an error nothing stays.
+  """A directory beside the named one, which takes its name at the end; after an error nothing
+  stays. In a bucket, which knows no renaming: the named one, where a run's record comes last.
   """
-  directory = pathlib.Path(directory).absolute()
+  directory = files.place(directory).absolute()
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
     raise FileExistsError(
       f'{directory} is there already, and not empty; name another, or remove it'
     )
+  if files.remote(directory):
+    with _emptied_after_errors(directory):
+      yield directory
+    return
   partial = directory.with_name(f'.{directory.name}.partial')
   lock = directory.with_name(f'.{directory.name}.lock')
   with files.locked(lock, str(directory), 'wait until it ends, or name another directory'):
@@ -440,6 +444,16 @@ def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
       os.replace(partial, directory)
     except BaseException:
       shutil.rmtree(partial)
+      raise
+
+
+@contextlib.contextmanager
+def _emptied_after_errors(directory) -> Iterator[None]:
+  with files.locked(directory / 'lock', str(directory), 'wait until it ends, or name another'):
+    try:
+      yield
+    except BaseException:
+      files.remove(directory)
       raise
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels.grouped_matmul import Groups, chosen
+from kernels.grouped_matmul import RowGroups, chosen
 from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
 from model.params import param
@@ -340,7 +340,7 @@ def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
   # goes through them group by group, and none is filled up to the size of the largest.
   order = jnp.argsort(expert, stable=True)
   position = inverse(order, order.size)
-  groups = Groups(count(expert, E), jnp.minimum(expert[order], E - 1), backend, filled)
+  groups = RowGroups(count(expert, E), jnp.minimum(expert[order], E - 1), backend, filled)
 
   def product(rows, w, bias, gates=None):
     return _biased(w.grouped(rows, groups), bias and bias.rows(groups.of_row), gates)

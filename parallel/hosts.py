@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import pathlib
 import platform
 import re
 import signal
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import commands
+import files
 import names
 
 # XLA's CPU buffers are large and short-lived. With 4 KiB pages, handed back to the kernel after
@@ -59,7 +59,7 @@ def cache_compilations(directory: str | os.PathLike) -> None:
   """
   import jax
 
-  path = pathlib.Path(directory).absolute()
+  path = files.kept(directory).absolute()
   path.mkdir(parents=True, exist_ok=True)
   jax.config.update('jax_compilation_cache_dir', str(path))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
@@ -291,7 +291,7 @@ def check_shared(path: str | os.PathLike) -> None:
   """Raises ValueError, in every process, where not all see the file
   that process 0 has just written.
   """
-  path = pathlib.Path(path)
+  path = files.place(path)
   barrier(f'wrote {path.name}')
   for look in range(LOOKS):
     others = differing(str(int(path.stat().st_mtime)) if path.exists() else '')

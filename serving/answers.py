@@ -314,5 +314,5 @@ def _name(token: dict) -> str:
 def failure(event: Event) -> Denied:
   """What is said of a sample that has failed."""
   kind = event.error.kind if event.error is not None else calls.BROKEN
-  status = {calls.INVALID: 400, calls.SLOW: 408}.get(kind, 500)
+  status = {calls.INVALID: 400, calls.SLOW: 408, calls.GONE: 503}.get(kind, 500)
   return Denied(event.error.message if event.error else 'it has failed', status=status, code=kind)

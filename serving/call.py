@@ -23,7 +23,7 @@ FINISHES = (*OF_TEXTS, CANCELLED, DEADLINE, DRAINED, FAILED)
 
 # What a Failure is about: what was asked for (found out late, as of a constraint); scores that are
 # not finite; the device; a reader that does not read.
-INVALID, BROKEN, DEVICE, SLOW = 'invalid', 'broken', 'device', 'slow'
+INVALID, BROKEN, DEVICE, SLOW, GONE = 'invalid', 'broken', 'device', 'slow', 'gone'
 
 # In which state a service is, in this order; `failed` may follow any.
 STARTING, READY, DRAINING, CLOSED = 'starting', 'ready', 'draining', 'closed'
@@ -92,7 +92,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Failure:
-  """Why a sample has failed. kind: INVALID, BROKEN, DEVICE or SLOW."""
+  """Why a sample has failed. kind: INVALID, BROKEN, DEVICE, SLOW or GONE."""
 
   kind: str
   message: str
@@ -224,6 +224,10 @@ class QueueFull(Exception):
   def __init__(self, message: str, retry_after: float):
     super().__init__(message)
     self.retry_after = retry_after
+
+
+class Lost(ConnectionError):
+  """An engine that cannot begin anew: the server ends."""
 
 
 class NotReady(Exception):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from decode.drafted import DraftingEngine
+from decode.drafted_pages import DraftingPagedEngine
 from decode.embedder import Embedder, check_pooling, lengths_to
 from decode.engine import Engine
 from decode.front import Front
@@ -16,7 +17,6 @@ from decode.scorer import PromptScorer
 from decode.sizes import Request, Sizes, Use, check
 from model.config import ModelConfig
 from model.weights import adapters
-from parallel import hosts
 from parallel.gathering import everywhere
 from serving.call import CLOSED, NotReady
 from serving.jobs import Job
@@ -62,10 +62,19 @@ def row_sizes(
   return Sizes(**asked)
 
 
+# By whether they draft, and whether they have pages.
+ENGINES = {
+  (False, False): Engine,
+  (True, False): DraftingEngine,
+  (False, True): PagedEngine,
+  (True, True): DraftingPagedEngine,
+}
+
+
 class EngineRows:
   """A serving.scheduler.AnyEngine, of decode.engine.Engine. `begin` comes before all else.
 
-  Attributes: as of AnyEngine.
+  Attributes: as of AnyEngine, and model, as it was given.
   """
 
   def __init__(self, model: LoadedModel, sizes: Sizes, scores: bool = False, pooling: str = ''):
@@ -83,14 +92,9 @@ class EngineRows:
       )
     if pooling:
       check_pooling(pooling, causal=True)
-    if hosts.count() > 1:
-      raise NotImplementedError(
-        f'{hosts.count()} processes: a server is one process so far; run one on each host, with a '
-        'mesh of its own devices'
-      )
     with jax.set_mesh(model.mesh):
       check(config, sizes)
-    self.sizes, self._model = sizes, model
+    self.sizes, self.model = sizes, model
     self._engine: Engine | None = None
     self._scorer: PromptScorer | None = None
     self._embedder: Embedder | None = None
@@ -101,9 +105,9 @@ class EngineRows:
 
     Raises as decode.engine.Engine, and whatever the device does for want of memory.
     """
-    model = self._model
+    model = self.model
     virtual = sum(len(front.soft) for front in model.adapters.values()) + len(model.plain.soft)
-    made = DraftingEngine if self.sizes.lookup else PagedEngine if self.sizes.pages else Engine
+    made = ENGINES[bool(self.sizes.lookup), bool(self.sizes.pages)]
     self._engine = made(
       model.model.config,
       model.mesh,
@@ -141,7 +145,7 @@ class EngineRows:
 
   def scored(self, ids: Sequence[int], front: Front, alternatives: int) -> Job:
     """See decode.scorer.PromptScorer."""
-    return self._scorer(self._model.model, ids, front, alternatives)
+    return self._scorer(self.model.model, ids, front, alternatives)
 
   def embedded(self, texts: Sequence[Sequence[int]], front: Front) -> Job:
     """See decode.embedder.Embedder."""
@@ -171,7 +175,7 @@ class EngineRows:
     self._engine.join(row, request)
 
   def read(self) -> list[int]:
-    return self._engine.read(self._model.model)
+    return self._engine.read(self.model.model)
 
   def cached(self, row: int) -> int:
     return self._engine.cached(row)
@@ -184,7 +188,7 @@ class EngineRows:
     return Use() if engine is None else engine.use()
 
   def decode(self, count: int, alternatives: bool) -> Any:
-    return self._engine.decode(self._model.model, count, alternatives)
+    return self._engine.decode(self.model.model, count, alternatives)
 
   def taken(self, chunk: Any) -> Chunk:
     return everywhere(chunk)

@@ -13,14 +13,17 @@ from collections.abc import Callable
 
 from decode.loaded import LoadedModel
 from decode.request import FAILED
+from parallel import hosts
 from serving import call as calls
 from serving.call import Failure, Limits
 from serving.desk import Desk
 from serving.encoder import EncoderRows
 from serving.rows import EngineRows, sizes_for
+from serving.several import LeadingRows
 
 log = logging.getLogger(__name__)
 
+STUCK = 3.0  # seconds after which an engine does not answer that is to end
 POLL = 0.05  # seconds after which what waits for something else is looked at again
 
 
@@ -42,8 +45,12 @@ class Running(Desk):
 
     Raises ValueError and NotImplementedError for what cannot be served.
     """
-    writes = model.model.config.causal
-    kind = EngineRows if writes else EncoderRows
+    writes, several = model.model.config.causal, hosts.count() > 1
+    if several and not writes:
+      raise NotImplementedError(
+        f'{hosts.count()} processes for an encoder, whose texts are read by one; start one process'
+      )
+    kind = EncoderRows if not writes else LeadingRows if several else EngineRows
     rows = kind(model, sizes_for(model, **sizes), scores, pooling)
     super().__init__(
       rows,
@@ -59,6 +66,9 @@ class Running(Desk):
     )
     self._wake, self._begun, self._ended = (threading.Event() for _ in range(3))
     self._closing = False
+    self._gone = ''  # why nothing goes on, where another thread knows that
+    if several:
+      rows.watch(self._lost)
     self._thread = threading.Thread(target=self._main, name='engine', daemon=True)
     self._thread.start()
 
@@ -76,6 +86,18 @@ class Running(Desk):
 
   def _woken(self) -> None:
     self._wake.set()
+
+  def _lost(self, why: str) -> None:
+    """A process without which nothing goes on is gone; from a thread of its own."""
+    self._gone = why
+    self._woken()
+    if self._ended.wait(STUCK):
+      return
+    # The engine's thread waits for that process, and will for ever.
+    self.error, self.state = why, FAILED
+    self._begun.set()
+    self._end_all(*self._last_words())
+    self._ended.set()
 
   def _came(self, done: int, total: int) -> None:
     self.progress = done, total
@@ -105,6 +127,8 @@ class Running(Desk):
     """Steps, until there is nothing to do and nothing will be."""
     while not self._closing:
       self._wake.clear()
+      if self._gone:
+        raise calls.Lost(self._gone)
       more = self._step()
       if self.state == calls.DRAINING and self.idle:
         break
@@ -116,7 +140,7 @@ class Running(Desk):
     """Why what is still there ends."""
     if self.state != FAILED:
       return (calls.DRAINED,)
-    failure = Failure(kind=calls.DEVICE, message='the server has failed, and takes no more calls')
+    failure = Failure(kind=calls.GONE, message='the server has failed, and takes no more calls')
     return FAILED, failure
 
 

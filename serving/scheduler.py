@@ -24,7 +24,7 @@ from decode.loop import Chunk
 from decode.request import FAILED, Row
 from decode.sizes import Use
 from serving import call as calls
-from serving.call import Event, Failure, Limits, NotReady, QueueFull, Stats
+from serving.call import Event, Failure, Limits, Lost, NotReady, QueueFull, Stats
 from serving.queue import Queue, Waiting
 from serving.ticket import Ticket
 
@@ -222,13 +222,15 @@ class Scheduler:
   def step(self) -> bool:
     """Goes on with all that there is; whether there is more to do at once, but for what waits for
     something else. An error of the engine ends what has a row; what waits goes on. Raises where the
-    engine cannot begin anew.
+    engine cannot begin anew (Lost).
     """
     now = self._clock()
     self._take_in(now)
     self._end_late(now)
     try:
       self._run(now)
+    except Lost:
+      raise
     except Exception as error:
       log.exception('the engine has failed; %d samples end', len(self._rows))
       self._begin_anew(error)

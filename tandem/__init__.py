@@ -16,7 +16,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE if (HERE / 'model').is_dir() else HERE.parent
 NAMES = (
   *('analysis', 'benchmarks', 'compression', 'configs', 'data', 'decode', 'evaluation', 'kernels'),
-  *('launch', 'model', 'objectives', 'parallel', 'serving', 'training', 'workdir'),
+  *('launch', 'model', 'objectives', 'parallel', 'remote', 'serving', 'training', 'workdir'),
   *('commands', 'convert', 'evaluate', 'files', 'generate', 'names', 'plan', 'serve', 'train'),
 )
 # What `from tandem import ..` gives, imported when it is asked for.

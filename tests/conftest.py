@@ -2,8 +2,15 @@
 exact products, checked annotations.
 """
 
+import gc
 import importlib.metadata
 import os
+
+# A trace is a million small objects, most of which stay: to look through them for circles as often
+# as Python does is a seventh of the suite, and to write each operation's stack into its program
+# a twelfth. (Commands that tests start have the latter from the environment, too.)
+gc.set_threshold(200_000, 50, 50)
+os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # A collective blocks a thread of XLA's pool for every device; with as many threads as devices,

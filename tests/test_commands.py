@@ -659,7 +659,7 @@ def test_the_pages_commands_of_generation_run(said, tmp_path):
 def test_the_pages_examples_from_python_run(runs, whole):
   page = (ROOT / 'docs' / 'generation.md').read_text()
   blocks = re.findall(r'^```python\n(.*?)^```', page, re.M | re.S)
-  assert len(blocks) == 2
+  assert len(blocks) == 3
   code = '\n'.join(blocks).replace('runs/tiny', str(whole)).replace('capacity=128', 'capacity=32')
   done = Process(runs.directory, '-c', code).end()
   assert done.code == 0 and done.out, done.error

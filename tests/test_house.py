@@ -32,11 +32,12 @@ ROOMS = (
   ['kernels'],
   ['data'],
   ['parallel'],
-  ['files', 'names', 'commands'],
+  ['files', 'names', 'commands', 'remote'],
 )
 FLOOR = {name: len(ROOMS) - i for i, names in enumerate(ROOMS) for name in names}
-# Generator.load('runs/x') is where a person begins who has a directory.
-EXCEPTIONS = {('decode.generator', 'workdir.open')}
+# Generator.load('runs/x') is where a person begins who has a directory; python -m data.prepare
+# with train.py's --config, one who has a corpus.
+EXCEPTIONS = {('decode.generator', 'workdir.open'), ('data.preparing', 'training.overrides')}
 # That a reader of train.py meets: by imports, late ones too, as DESIGN asks for it. Of what a table
 # names and imports when it is asked for (objectives, optimizers, tokenizers) a run has one or two.
 MOST_IMPORTED = 6_000

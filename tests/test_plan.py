@@ -115,7 +115,7 @@ def fake(
   predicted = (
     None
     if problem
-    else roofline.Prediction(seconds, seconds, 0, 0, {}, {}, {'compute': seconds}, 1, 1, ())
+    else roofline.Prediction(seconds, seconds, 0, 0, {}, {}, {}, {'compute': seconds}, 1, 1, ())
   )
   return plan.Plan(
     'train',

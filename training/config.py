@@ -7,7 +7,6 @@ import difflib
 import json
 import math
 import os
-import pathlib
 import re
 import typing
 
@@ -37,6 +36,9 @@ class TrainConfig:
     epochs: how often all training rows are gone through, in the place of steps; a last batch that
       is not full counts, and is filled from the next epoch.
     accumulation: microbatches of a step; exactly equal to one big batch.
+    compiler: options that the step is compiled with (parallel/compiler.py): 'auto' the table for
+      the chip and the mesh, 'none' none, or a table's name; behind it, or alone, NAME=VALUE changes
+      one option, NAME= takes it out.
     dropout: shares that are left out in training, each step and row others (model/dropout.py):
       entries such as residual=0.1, of embedding, residual, attention, feed_forward, or all.
     offload_optimizer: where the optimizer's state is kept between steps: '' on the device, 'host'
@@ -69,6 +71,7 @@ class TrainConfig:
   epochs: float = 0.0
   seed: int = 0
   accumulation: int = 1
+  compiler: tuple[str, ...] = ('auto',)
   dropout: tuple[str, ...] = ()
   offload_optimizer: str = ''
   offload_parameters: bool = False
@@ -115,6 +118,7 @@ class TrainConfig:
       raise ValueError(
         f'train.seed={self.seed} must be below 2**32, of which jax.random.key keeps no more bits'
       )
+    names.imported('parallel.compiler.parsed')(self.compiler)
     names.check('train.offload_optimizer', self.offload_optimizer, ('', 'host', 'disk'))
     if self.spill_dir and self.offload_optimizer != 'disk':
       raise ValueError(
@@ -349,14 +353,14 @@ def unknown_field(path: str, name: str, known, kind: str = '') -> str:
 def save(config: Config, directory: str | os.PathLike) -> None:
   """Writes config.json, sealed, atomically."""
   values = files.sealed(json.loads(json.dumps(to_dict(config))))
-  files.replace(pathlib.Path(directory) / FILE, json.dumps(values, indent=2) + '\n')
+  files.replace(files.place(directory) / FILE, json.dumps(values, indent=2) + '\n')
 
 
 def load(directory: str | os.PathLike) -> Config:
   """Reads config.json. Raises FileNotFoundError, or ValueError for a file that is not a Config, or
   was edited since it was sealed.
   """
-  path = pathlib.Path(directory) / FILE
+  path = files.place(directory) / FILE
   if not path.exists():
     raise FileNotFoundError(
       f'{path} does not exist: {directory} is not the directory of a run; train one with train.py '

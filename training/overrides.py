@@ -59,7 +59,7 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
         raise ValueError(
           f'--config.init begins a run, and {path} is of one that has begun: name a config'
         )
-      return self._overridden(load(pathlib.Path(path).parent), _given())
+      return self._overridden(load(files.place(path).parent), _given())
     path = _file_of(path)
     file = path.split(':')[0]
     if not os.path.isfile(file):  # which the library would tell only who reads a field
@@ -83,7 +83,7 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     overrides = _given()
     try:
       init = _first(overrides, 'init', 'DIRECTORY') or config.init
-      files.check_local('config.init', init)
+      files.check_local('config.init', init, buckets=True)
       adapted = _first(overrides, 'adapter.kind', 'NAME') or config.adapter.kind
       begun = _begun(config, init, _taken_over(init), adapted)
     except FileNotFoundError as error:
@@ -146,8 +146,8 @@ def parsed(arguments: list[str]) -> list[str]:
     wanted = 'text' if '--config.help' in arguments else 'configs'
     print(names.imported(f'training.reference.{wanted}')())
     sys.exit()
-  if workdir and not config and (pathlib.Path(workdir) / FILE).exists():
-    arguments = [arguments[0], f'--config={pathlib.Path(workdir) / FILE}', *arguments[1:]]
+  if workdir and not config and (files.place(workdir) / FILE).exists():
+    arguments = [arguments[0], f'--config={files.place(workdir) / FILE}', *arguments[1:]]
   return app.parse_flags_with_usage([_as_tuple(argument) for argument in arguments])
 
 
@@ -223,10 +223,10 @@ def _taken_over(init: str) -> str:
   """Where what a run took from `init` is to be read: there, or, where it is gone and the command
   line's --workdir is a run that began with it, in that one, which has kept model and tokenizer.
   """
-  if not init or (pathlib.Path(init) / FILE).exists():
+  if not init or (files.place(init) / FILE).exists():
     return init
   own = _value(sys.argv[1:], 'workdir')
-  return own if own and (pathlib.Path(own) / FILE).exists() and load(own).init == init else init
+  return own if own and (files.place(own) / FILE).exists() and load(own).init == init else init
 
 
 def _begun(config: Config, init: str, kept: str = '', adapted: str = '') -> dict:
@@ -244,7 +244,7 @@ def _begun(config: Config, init: str, kept: str = '', adapted: str = '') -> dict
   run = load(kept or init)
   model, data, optimizer = run.model, config.data, config.optimizer
   if data.tokenizer == TokenizerConfig():
-    path = pathlib.Path(kept or init) / 'tokenizer'
+    path = files.place(kept or init) / 'tokenizer'
     kind = tokenizers.load(path).kind
     data = dataclasses.replace(
       data, tokenizer=TokenizerConfig(kind=kind, path='' if kind == 'byte' else str(path))

@@ -30,8 +30,9 @@ def make_program(config: Config):
   )
   rule = states.rule(config)
   rule.check(models)
-  specs = params.specs(rule.parted(models)[0])
-  optimizer = make_optimizer(config.optimizer, config.train.steps, specs)
+  optimizer = make_optimizer(
+    config.optimizer, config.train.steps, params.specs(rule.parted(models)[0])
+  )
   return functools.partial(states.init, config, optimizer), make_step(config, optimizer)
 
 
@@ -151,6 +152,7 @@ def flops_per_token(config: Config, document_length: float | None = None) -> flo
 def _placed(x: jax.ShapeDtypeStruct, config: Config) -> jax.ShapeDtypeStruct:
   """An array of a batch as hosts.RowShards lays it out on the mesh in context."""
   by_length = x.shape == (config.data.batch_size, config.data.sequence_length)
-  spec = axes.spec('batch', 'length') if by_length else axes.spec('batch')
-  sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec)
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  spec = axes.spec('batch', *('length',) * by_length)
+  return jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=jax.NamedSharding(jax.sharding.get_mesh(), spec)
+  )

@@ -95,6 +95,8 @@ def _reads(config, path):
       return False
   if section == 'adapter' and name in READ_BY:
     return config.adapter.kind in READ_BY[name]
+  if path == 'train.spill_dir':
+    return config.train.offload_optimizer == 'disk'
   if section == 'optimizer' and type(optimizer).__dataclass_fields__[name].default == DEFAULT:
     return name in optimizer.settings()
   if section == 'model.rope':

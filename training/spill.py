@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 
 from model.params import named_leaves
-from parallel import offload
+from parallel import compiler, offload
 from training import state as states, update
 from training.disk import OnDisk
 
@@ -92,7 +92,9 @@ class SpilledStep:
 
   def __init__(self, config, gradients: Callable, prepared: Callable, advance: Callable):
     self._config, self._prepared = config, prepared
-    self._gradients, self._advance = jax.jit(gradients), jax.jit(advance, donate_argnums=0)
+    options = compiler.options(config.train.compiler)
+    self._gradients = jax.jit(gradients, compiler_options=options)
+    self._advance = jax.jit(advance, donate_argnums=0)
     self._threads = concurrent.futures.ThreadPoolExecutor(AHEAD + BEHIND, 'spill')
     self._programs: dict[update.Section, Callable] = {}
 

@@ -35,7 +35,8 @@ def make_step(config: Config, optimizer: optax.GradientTransformation):
   """The step: (state, batch) -> (new state, metrics, gradient norms by parameter); what it trains
   of the state is donated.
 
-  optimizer: of the trained parameters, which states.rule(config) picks.
+  optimizer: of the trained parameters, which states.rule(config) picks. Compiled for the mesh in
+  context, with the options that train.compiler chooses for it.
   """
   gradients, rule = make_gradients(config), states.rule(config)
   prepared, advance = functools.partial(_prepared, config), functools.partial(_advance, config)
@@ -55,10 +56,12 @@ def make_step(config: Config, optimizer: optax.GradientTransformation):
     state = dataclasses.replace(state, models=models, optimizer=after)
     return advance(state, measured), metrics, norms
 
+  options = names.imported('parallel.compiler.options')(config.train.compiler)
+  compiled = functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
   if not rule.everything:
-    return Step(jax.jit(step, donate_argnums=0), rule)
+    return Step(compiled(step), rule)
 
-  @functools.partial(jax.jit, donate_argnums=0)
+  @compiled
   def train_step(state: TrainState, batch):
     _, frozen = rule.parted(state.models)
     return step(state, frozen, batch)

@@ -19,7 +19,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -39,6 +38,7 @@ from workdir.metrics import lowest
 from workdir.progress import LOSS
 
 SPILLED = 'spilled'
+ORBAX = '_METADATA'  # in a checkpoint that orbax wrote
 SAVE_TIMEOUT = 3600  # seconds
 # A checkpoint, what it has on disk until orbax has made its directory, and orbax's own.
 WRITTEN = re.compile(r'\d{8,}(\.spilled|\.orbax-checkpoint-tmp.*)?')
@@ -63,7 +63,7 @@ class Checkpoints:
     chunk_bytes: int = 2**26,
     timeout: float = SAVE_TIMEOUT,
   ):
-    self.directory = pathlib.Path(directory).absolute() / 'checkpoints'
+    self.directory = files.place(directory).absolute() / 'checkpoints'
     self._keep_last, self._log, self._chunk_bytes = keep_last, log, chunk_bytes
     self._timeout = timeout
     self._writer = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
@@ -95,7 +95,8 @@ class Checkpoints:
     """
     self.wait()
     if self._orbax is None:
-      self._orbax = names.imported('workdir.writer.Writer')(self._chunk_bytes)
+      kind = 'arrays.BucketWriter' if files.remote(self.directory) else 'writer.Writer'
+      self._orbax = names.imported(f'workdir.{kind}')(self._chunk_bytes)
     leaves = named_leaves(state)
     shapes = {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()}
     spilled = {name: x for name, x in leaves.items() if isinstance(x, disk.OnDisk)}
@@ -184,6 +185,8 @@ class Checkpoints:
       record = self.record(step)
     except ValueError as error:
       return [str(error)]
+    if files.remote(self.directory):
+      return names.imported('workdir.arrays.problems')(self._path(step), record['files'])
     found = []
     for name, (size, digest) in record['files'].items():
       path = self._path(step) / name
@@ -191,7 +194,7 @@ class Checkpoints:
         found.append(f'{path} is missing')
       elif path.stat().st_size != size:
         found.append(f'{path} has {path.stat().st_size} bytes, {size} were written')
-      elif _digest(path) != digest:
+      elif _digest(path, digest.partition(':')[0]) != digest.rpartition(':')[2]:
         found.append(f'{path} was changed: its digest is not the one recorded')
     return found
 
@@ -250,8 +253,6 @@ class Checkpoints:
     some: whether the checkpoint may have more than `target` asks for.
     Raises ValueError that lists what is missing, left over or of another shape or type.
     """
-    import orbax.checkpoint as ocp
-
     saved = {
       name: (tuple(shape), dtype) for name, (shape, dtype) in self.record(step)['leaves'].items()
     }
@@ -277,30 +278,15 @@ class Checkpoints:
       where, x = path / SPILLED / name, wanted[name]
       leaves[name] = x.load(where) if isinstance(x, disk.OnDisk) else disk.stored(where, x)
     # What goes to disk is read one by one, the rest together.
-    alone = [
-      name for name, x in wanted.items() if isinstance(x, disk.OnDisk) and name not in spilled
-    ]
-    with ocp.PyTreeCheckpointer() as reader:
-      for names_ in (
-        [name for name in wanted if name not in spilled and name not in alone],
-        *([name] for name in alone),
-      ):
-
-        def like(x):
-          return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-        request = {
-          name: like(wanted[name]) if name in names_ else ocp.PLACEHOLDER
-          for name in saved
-          if name not in spilled
-        }
-        arguments = ocp.checkpoint_utils.construct_restore_args(request)
-        read = reader.restore(
-          path, args=ocp.args.PyTreeRestore(item=request, restore_args=arguments)
-        )
-        leaves |= {
-          name: wanted[name].filled(read[name]) if name in alone else read[name] for name in names_
-        }
+    rest = {name: x for name, x in wanted.items() if name not in spilled}
+    alone = [name for name, x in rest.items() if isinstance(x, disk.OnDisk)]
+    together = {name: x for name, x in rest.items() if name not in alone}
+    kind = 'writer' if (path / ORBAX).exists() and not files.remote(path) else 'arrays'
+    read = names.imported(f'workdir.{kind}.read')
+    leaves |= read(path, together, [name for name in saved if name not in spilled])
+    for name in alone:
+      kept = read(path, {name: wanted[name]}, [name for name in saved if name not in spilled])
+      leaves[name] = wanted[name].filled(kept[name])
     return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
 
   def model(self, target, step: int | None = None, some: bool = False):
@@ -404,8 +390,8 @@ class Checkpoints:
     path = self._path(step)
     if record['spilled']:
       _aside(path).rename(path / SPILLED)
-    record['files'] = {
-      str(p.relative_to(path)): [p.stat().st_size, _digest(p)]
+    record['files'] = self._orbax.files() or {
+      str(p.relative_to(path)): [p.stat().st_size, _digest(p, '')]
       for p in sorted(path.rglob('*'))
       if p.is_file()
     }
@@ -417,7 +403,7 @@ class Checkpoints:
       if old not in keep:
         self._remove(old)
     for left in self._unfinished():
-      shutil.rmtree(left)
+      files.remove(left)
 
   def _write_record(self, step: int, record: dict) -> None:
     files.replace(self._path(step).with_suffix('.json'), json.dumps(_seal(record)))
@@ -428,7 +414,7 @@ class Checkpoints:
     )  # first: what has no record does not count
     for path in (self._path(step), _aside(self._path(step))):
       if path.exists():
-        shutil.rmtree(path)
+        files.remove(path)
 
   def _unfinished(self) -> list[pathlib.Path]:
     """Directories without a record, of those whose names a run writes: others are a person's."""
@@ -473,6 +459,7 @@ def _seal(record: dict) -> dict:
   return {'sha256': files.digest(record), 'record': record}
 
 
-def _digest(path: pathlib.Path) -> str:
+def _digest(path: pathlib.Path, kind: str) -> str:
+  """kind: what comes before the digest of a record that a bucket's was; older ones are plain."""
   with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+    return hashlib.file_digest(file, 'md5' if kind == 'tag' else 'sha256').hexdigest()

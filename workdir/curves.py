@@ -114,7 +114,7 @@ def write(directory: str | os.PathLike, lines: Sequence[Mapping[str, float]], ti
   picture = plot({'': lines}, title)
   if picture is None:
     return ''
-  files.replace(pathlib.Path(directory) / PICTURE, picture)
+  files.replace(files.place(directory) / PICTURE, picture)
   return f'![Rewards, divergences and accuracies]({PICTURE})'
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 import commands
 import files
+import names
 
 FILE = 'metrics.jsonl'
 # What a line may hold: key -> (unit, meaning). A vector's key is followed by '/' and an index. An
@@ -69,6 +70,7 @@ KEYS = {
 }
 _NAMES = ('nan', 'inf', '-inf')
 FLUSH_SECONDS, CLOSING_SECONDS = 10, 60  # of TensorBoard's files
+SEND_SECONDS = 60  # between two times that they are sent to a bucket, whole
 
 
 def scalars(metrics: Mapping[str, Any], prefix: str = '') -> dict[str, float]:
@@ -118,7 +120,7 @@ class Lines:
   def __init__(self, path: pathlib.Path):
     content = path.read_bytes() if path.exists() else b''
     self._bytes, self._digest = len(content), hashlib.sha256(content)
-    self._file = open(path, 'ab')
+    self._file = path.open('ab')
 
   def append(self, line: Mapping[str, float]) -> None:
     """Writes one line and hands it to the operating system, so that it outlives a killed
@@ -145,7 +147,7 @@ def problem(path: pathlib.Path, mark: Mapping[str, Any]) -> str:
   """What is wrong with a file that was marked: that its beginning is not what it was; or ''."""
   if not path.exists():
     return f'{path} is missing'
-  with open(path, 'rb') as file:
+  with path.open('rb') as file:
     content = file.read(mark['bytes'])
   if len(content) < mark['bytes']:
     return f'{path} has {len(content)} bytes, {mark["bytes"]} were written'
@@ -174,7 +176,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
   A last line without its newline (a process killed while writing) is left out; any other line that
   isn't JSON raises ValueError with its number.
   """
-  path, steps = pathlib.Path(path), {}
+  path, steps = files.place(path), {}
   lines = path.read_text().split('\n')[:-1] if path.exists() else []
   for number, text in enumerate(lines, 1):
     try:
@@ -196,7 +198,7 @@ def drop_from(path: str | os.PathLike, step: int) -> int:
 
   Raises ValueError, and changes nothing, where a line isn't one of metrics (see `read_metrics`).
   """
-  path = pathlib.Path(path)
+  path = files.place(path)
   read_metrics(path)
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] < step]
@@ -214,7 +216,11 @@ class TensorBoard:
   """
 
   def __init__(self, directory: pathlib.Path, first_step: int):
-    self._directory, self._first_step = directory, first_step
+    self._staged = (
+      names.imported('remote.local.Staging')(directory) if files.remote(directory) else None
+    )
+    self._directory = self._staged.directory if self._staged else directory
+    self._first_step = first_step
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'tensorboard')
     self._writing: list[concurrent.futures.Future] = []
     self._writer = None
@@ -263,6 +269,8 @@ class TensorBoard:
         self._event(line['step'], summary=summary.scalar(tag, value))
     if time.monotonic() - self._flushed > FLUSH_SECONDS:
       self._writer.flush()
+      if self._staged:
+        self._staged.send(SEND_SECONDS)
       self._flushed = time.monotonic()
 
   def _event(self, step: int, **content):
@@ -273,3 +281,5 @@ class TensorBoard:
   def _end(self):
     if self._writer is not None:
       self._writer.close()
+      if self._staged:
+        self._staged.send()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+import files
 import names
 from data import generation, tokenizers
 from data.tokenizer import Tokenizer
@@ -68,9 +69,9 @@ def open_run(
     beside = {}
     if adapters:
       read = names.imported('workdir.adapted.beside')
-      beside = read(adapters, pathlib.Path(workdir), config, step, weights)
-  check_own(checkpoints.record(step), pathlib.Path(workdir))
-  tokenizer = tokenizers.load(pathlib.Path(workdir) / 'tokenizer')
+      beside = read(adapters, files.place(workdir), config, step, weights)
+  check_own(checkpoints.record(step), files.place(workdir))
+  tokenizer = tokenizers.load(files.place(workdir) / 'tokenizer')
   tokenizer.generation = generation.read(workdir)
   return Run(config, model, tokenizer, mesh, beside)
 
@@ -97,7 +98,7 @@ def config_of(workdir: str | os.PathLike) -> configs.Config:
   Raises FileNotFoundError where there is none, ValueError where it tells of another model than the
   last checkpoint's record.
   """
-  path = pathlib.Path(workdir) / configs.FILE
+  path = files.place(workdir) / configs.FILE
   kept = seals.last_config(Checkpoints(workdir))
   if kept is not None and not path.exists():
     raise FileNotFoundError(

@@ -1,12 +1,12 @@
 """Can what a run reads and writes besides its directory be where its config says?"""
 
-import pathlib
+import os
 
 import files
 from training.config import Config
 
 
-def check(config: Config) -> None:
+def check(config: Config, workdir: str | os.PathLike) -> None:
   """Raises ValueError or OSError where what the run reads and writes besides its directory cannot
   be, which would else be found out after hours.
   """
@@ -18,6 +18,11 @@ def check(config: Config) -> None:
     for i, source in enumerate(of)
   }
   for name, path in (places | read | {'data.tokenizer.path': config.data.tokenizer.path}).items():
-    files.check_local(name, path)
+    files.check_local(name, path, buckets=name != 'train.spill_dir')
+  if config.train.offload_optimizer == 'disk' and files.remote(workdir):
+    raise NotImplementedError(
+      f"train.offload_optimizer='disk' copies files into checkpoints, and {workdir} is in a "
+      "bucket; offload to 'host', or give a --workdir on a disk"
+    )
   for directory in filter(None, places.values()):
-    files.check_writable(pathlib.Path(directory) / 'writable')
+    files.check_writable(files.place(directory) / 'writable')

@@ -54,7 +54,7 @@ def write_report(
     settings: of the run; None leaves them out.
   Raises ValueError when metrics.jsonl has no training step.
   """
-  directory = pathlib.Path(directory)
+  directory = files.place(directory)
   lines = read_metrics(directory / FILE)
   if not any('loss' in line for line in lines):
     raise ValueError(f'{directory / FILE} has no training step to report; train first')
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """The command line; what its user can mend ends it with a message."""
   parser = argparse.ArgumentParser(prog='python -m workdir.report', description=__doc__)
   parser.add_argument('run', metavar='RUN', help='directory of a run, also of an interrupted one')
-  directory = pathlib.Path(parser.parse_args(arguments).run)
+  directory = files.place(parser.parse_args(arguments).run)
   with commands.mendable():
     config, path = configs.load(directory), directory / FACTS
     if not path.exists():

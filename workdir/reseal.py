@@ -1,7 +1,6 @@
 """How does a person say that what was edited in a run's directory is meant?"""
 
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ def reseal(workdir: str | os.PathLike, log: Callable[[str], Any]) -> None:
   Raises FileNotFoundError where neither is there, ValueError for a file that is no config.
   """
   checkpoints = Checkpoints(workdir)
-  path = pathlib.Path(workdir) / configs.FILE
+  path = files.place(workdir) / configs.FILE
   if not path.exists():
     kept = seals.last_config(checkpoints)
     if kept is None:

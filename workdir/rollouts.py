@@ -42,7 +42,7 @@ def staged(config: Config, prepared: Prompts, workdir, log: Callable[[str], Any]
     [_judge(config, reward, prepared, mesh) for reward in config.objective.reward],
     config.objective.reward_weights or [1.0] * len(config.objective.reward),
   )
-  return RunStage(config, prepared, mesh, judges, pathlib.Path(workdir), log)
+  return RunStage(config, prepared, mesh, judges, files.place(workdir), log)
 
 
 class RunStage:
@@ -98,7 +98,7 @@ class RunStage:
       kept = [line for line in read(self._path) if line['rollout'] < rollout]
       files.replace(self._path, ''.join(json.dumps(line) + '\n' for line in kept))
       self._noted = True
-    with open(self._path, 'a') as file:
+    with self._path.open('a') as file:
       file.write(json.dumps(content) + '\n')
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import files
 from data import building, cache
 from data.prepared import Prepared
 from data.said import Said, SaidWriter, WithSaid
@@ -61,7 +62,7 @@ def kept(config: Config, prepared, workdir, log: Callable[[str], Any]) -> WithSa
     'precision': [run.dtype, run.parameter_dtype],
   }
   digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8)
-  directory = pathlib.Path(config.data.cache_dir) / f'said-{digest.hexdigest()}'
+  directory = files.kept(config.data.cache_dir) / f'said-{digest.hexdigest()}'
   if jax.process_count() > 1 and not (directory / cache.INDEX).exists():
     raise NotImplementedError(
       f'{directory} is not there, and {jax.process_count()} processes would each ask '

@@ -4,7 +4,6 @@ shown in the report and in TensorBoard.
 
 import json
 import os
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -66,7 +65,7 @@ class Sampler:
         )
     self._prompts = list(config.train.sample_prompts)
     self._read = config.model.encoder_layers > 0
-    self._path = pathlib.Path(directory) / FILE
+    self._path = files.place(directory) / FILE
     kept = [sample for sample in read(directory) if sample.step <= first]
     if self._path.exists():
       files.replace(self._path, ''.join(map(_line, kept)))
@@ -78,7 +77,7 @@ class Sampler:
       Sample(step, prompt, completion.text, self._read)
       for prompt, completion in zip(self._prompts, completions)
     ]
-    with open(self._path, 'a') as file:
+    with self._path.open('a') as file:
       file.writelines(map(_line, samples))
     return '\n\n'.join(fenced(sample.whole) for sample in samples)
 
@@ -88,7 +87,7 @@ def read(directory: str | os.PathLike) -> list[Sample]:
 
   Raises ValueError for a file that holds something else.
   """
-  path = pathlib.Path(directory) / FILE
+  path = files.place(directory) / FILE
   lines = path.read_text().split('\n')[:-1] if path.exists() else []
   return [_parsed(line, f'{path}, line {number}') for number, line in enumerate(lines, 1)]
 

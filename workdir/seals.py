@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import files
 import names
 from data import tokenizers
 from data.generation import GENERATION
@@ -52,7 +52,7 @@ def begun(workdir: str | os.PathLike) -> Config | None:
   kept = last_config(Checkpoints(workdir))
   if kept is not None:
     return kept
-  return configs.load(workdir) if (pathlib.Path(workdir) / configs.FILE).exists() else None
+  return configs.load(workdir) if (files.place(workdir) / configs.FILE).exists() else None
 
 
 def sized(config: Config, workdir: str | os.PathLike) -> Config:
@@ -103,7 +103,7 @@ def check_inherited(init: str, tokenizer: Tokenizer) -> None:
   """Raises ValueError where a model would be tuned on other ids than the run at `init` knows; where
   that run is gone, nothing is known.
   """
-  place = pathlib.Path(init) / TOKENIZER
+  place = files.place(init) / TOKENIZER
   if not place.is_dir():
     return
   base = tokenizers.load(place)
@@ -123,7 +123,7 @@ def keep_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
     if _digest(where) == _digest(pathlib.Path(directory)):
       return
   if where.is_dir():
-    shutil.rmtree(where)
+    files.remove(where)
   tokenizer.save(where)
 
 

@@ -1,10 +1,10 @@
 """How does a run begin that nobody has trained? With checkpoint 0, its config, and their seals."""
 
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import files
 from training import config as configs
 from workdir import seals
 from workdir.checkpoint import Checkpoints
@@ -34,7 +34,7 @@ def write_run(
     donated=False,
     references=references,
     config=configs.to_dict(config),
-    run=seals.bound(seals.run_of({}), pathlib.Path(directory), {}),
+    run=seals.bound(seals.run_of({}), files.place(directory), {}),
   )
   checkpoints.wait()
   configs.save(config, directory)

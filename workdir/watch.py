@@ -1,5 +1,5 @@
-"""How is the run going? metrics.jsonl, TensorBoard, a progress bar, true step times, device memory
-and profiles.
+"""How is the run going? metrics.jsonl, TensorBoard, a progress bar, true step times and device
+memory.
 
 A step's time is from the completion of the step before it to its own, with pauses (evaluation,
 checkpoints) taken out. The trainer hands over step n right after dispatching it, and only then does
@@ -28,6 +28,8 @@ from typing import Any, TextIO
 
 import jax
 
+import files
+import names
 from model import flops
 from workdir.metrics import (
   FILE,
@@ -85,14 +87,14 @@ class Watch:
       )
     if steps.step != 1:
       raise ValueError(f'steps={steps}: steps follow one another; give range(first, last + 1)')
-    self.path = pathlib.Path(directory) / FILE
+    self.path = files.place(directory) / FILE
     self._steps, self._log_every, self._clock = steps, log_every, clock
     self._flops_per_token, self._devices, self._peak = flops_per_token, devices, peak
     self._write = jax.process_index() == 0 if write is None else write
     self._stream = stream or sys.stdout
     events = self.path.parent / 'tensorboard'
     self._tensorboard = TensorBoard(events, steps.start) if tensorboard and self._write else None
-    self._view: _Plain | None = None
+    self._view: PlainView | None = None
     self._window = _Window()
     self._pending: tuple[int, Any, int] | None = None
     self._line: dict[str, Any] = {}
@@ -103,7 +105,9 @@ class Watch:
 
   def __enter__(self) -> 'Watch':
     if self._write:
-      self._view = (_Bar if self._stream.isatty() else _Plain)(self._stream, self._steps)
+      self._view = (names.imported('workdir.bar.Bar') if self._stream.isatty() else PlainView)(
+        self._stream, self._steps
+      )
       self.path.parent.mkdir(parents=True, exist_ok=True)
       dropped = drop_from(self.path, self._steps.start)
       if dropped:
@@ -307,57 +311,6 @@ def memory() -> dict[str, float]:
   return found
 
 
-class ProfileWindow:
-  """Traces the steps named, e.g. '10-12' or '10', with jax.profiler, for XProf or Perfetto.
-
-  Call `before(step)` and `after(step, outputs)` around each step's dispatch. The last step named is
-  waited for, so that the trace holds all of it. '' names no step. Raises ValueError for other text,
-  and for steps that the run won't reach.
-  """
-
-  def __init__(self, steps: str, directory: str | os.PathLike, run: range):
-    self.directory = os.fspath(directory)
-    self.steps = range(0)
-    self._annotation = None
-    self._tracing = False
-    if steps:
-      first, _, last = steps.partition('-')
-      if not (first.isdecimal() and (last or first).isdecimal()) or steps.endswith('-'):
-        raise ValueError(
-          f'profile={steps!r} names no steps; write the first and the last, as in 10-12'
-        )
-      self.steps = range(int(first), int(last or first) + 1)
-      if not self.steps or self.steps[0] not in run or self.steps[-1] not in run:
-        raise ValueError(
-          f'profile={steps!r} is not within the steps of this run, {run.start}-{run.stop - 1}'
-        )
-
-  def before(self, step: int):
-    """Starts the trace if `step` is the first one named."""
-    if step in self.steps:
-      if step == self.steps[0]:
-        jax.profiler.start_trace(self.directory)
-        self._tracing = True
-      self._annotation = jax.profiler.StepTraceAnnotation('train', step_num=step)
-      self._annotation.__enter__()
-
-  def after(self, step: int, outputs: Any):
-    """Ends the trace if `step` is the last one named; `outputs` are any of its results (a pytree of
-    arrays).
-    """
-    if step in self.steps:
-      self._annotation.__exit__(None, None, None)
-      if step == self.steps[-1]:
-        jax.block_until_ready(outputs)
-        self.close()
-
-  def close(self):
-    """Ends the trace if it is still running: a run that stopped early keeps what was traced."""
-    if self._tracing:
-      jax.profiler.stop_trace()
-      self._tracing = False
-
-
 def short(number: float) -> str:
   """Three digits and a suffix: 12345 -> '12.3k'."""
   for size, suffix in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
@@ -366,7 +319,7 @@ def short(number: float) -> str:
   return f'{number:.3g}'
 
 
-class _Plain:
+class PlainView:
   """Plain text, a line per line of metrics: for files and pipes."""
 
   FORMS = {
@@ -406,44 +359,3 @@ class _Plain:
       left = (self._steps.stop - 1 - line['step']) * line['step_seconds']
       shown['left'] = datetime.timedelta(seconds=round(left))
     return '  '.join(form.format(shown[name]) for name, form in self.FORMS.items() if name in shown)
-
-
-class _Bar(_Plain):
-  """For terminals: a progress bar with the last known numbers beside it, within 80 columns."""
-
-  FORMS = {
-    'loss': 'loss {:.3f}',
-    'tokens_per_second': '{} tok/s',
-    'mfu': 'MFU {:.0%}',
-    'left': '{} left',
-    'bits_per_byte': '{:.3f} bits/byte',
-  }
-
-  def __init__(self, stream: TextIO, steps: range):
-    super().__init__(stream, steps)
-    from rich import console, progress
-
-    self._progress = progress.Progress(
-      progress.MofNCompleteColumn(),
-      progress.BarColumn(bar_width=6),
-      progress.TextColumn('{task.description}'),
-      console=console.Console(file=stream),
-    )
-    self._task = self._progress.add_task(
-      'first step: compiling', total=steps.stop - 1, completed=max(steps.start - 1, 0)
-    )
-    self._known: dict[str, float] = {}
-    self._progress.start()
-
-  def print(self, text: str):
-    self._progress.console.print(text, markup=False, highlight=False)
-
-  def show(self, line: dict[str, float]):
-    self._known |= line
-    self._progress.update(self._task, description=self._describe(self._known))
-
-  def advance(self, step: int):
-    self._progress.update(self._task, completed=step)
-
-  def close(self):
-    self._progress.stop()

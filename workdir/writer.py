@@ -1,4 +1,6 @@
-"""Who writes a checkpoint's arrays? Orbax, of whose many words a person gets what is needed."""
+"""Who writes and reads a checkpoint's arrays? Orbax, of whose many words a person gets what is
+needed.
+"""
 
 import contextlib
 import functools
@@ -7,7 +9,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import orbax.checkpoint as ocp
@@ -34,6 +36,26 @@ class Writer:
     """Returns when all is written. Raises as `begin`."""
     with _by_the_system(path):
       self._orbax.wait_until_finished()
+
+  def files(self) -> dict:
+    """What is known of the files without reading them: nothing."""
+    return {}
+
+
+def read(path: pathlib.Path, wanted: dict, saved: Iterable[str]) -> dict:
+  """The arrays of a checkpoint that orbax wrote, by name.
+
+  wanted: what of `saved`, all that it holds, is read, with shapes, dtypes and shardings.
+  """
+
+  def like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+  request = {name: like(wanted[name]) if name in wanted else ocp.PLACEHOLDER for name in saved}
+  arguments = ocp.checkpoint_utils.construct_restore_args(request)
+  with ocp.PyTreeCheckpointer() as reader:
+    tree = reader.restore(path, args=ocp.args.PyTreeRestore(item=request, restore_args=arguments))
+  return {name: tree[name] for name in wanted}
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.grouped_matmul import Groups
+from kernels.grouped_matmul import RowGroups
 from parallel import axes as ax, zero
 
 
@@ -146,7 +146,7 @@ class Weight(abc.ABC):
     """Rows of each expert, as many of each, times its matrix."""
     return jnp.einsum('ECD,EDF->ECF', rows, self.numbers(rows.dtype))
 
-  def grouped(self, rows: Float[Array, 'M D'], groups: Groups) -> Float[Array, 'M F']:
+  def grouped(self, rows: Float[Array, 'M D'], groups: RowGroups) -> Float[Array, 'M F']:
     """Rows, sorted by expert, times the matrix of theirs: see kernels.grouped_matmul."""
     return groups.multiply(rows, self.numbers(rows.dtype))
 

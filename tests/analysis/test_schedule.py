@@ -149,6 +149,31 @@ calls=%async_collective_fusion.3, BACKEND
 }
 """
 CHIP = hardware.lookup('TPU v5 lite')
+# The same on a SparseCore, in two rings, beside a product.
+CALLED = """HloModule m, is_scheduled=true
+%called (p: bf16[256,1024], token: token[]) -> bf16[1024,1024] {
+  %token = token[] parameter(1)
+  %p = bf16[256,1024]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[1024,1024]{1,0} all-gather(%p), channel_id=7, \
+replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true, \
+backend_config={"device_type":"DEVICE_TYPE_SPARSECORE","collective_offload_config":\
+{"color_strategies":[{"phase_rings":[{"ring_type":"CW"}]},{"phase_rings":[{"ring_type":"CCW"}]}]}}
+}, execution_thread="sparsecore"
+
+%double (p.1: bf16[256,1024]) -> bf16[256,1024] {
+  %p.1 = bf16[256,1024]{1,0} parameter(0)
+  ROOT %d = bf16[256,1024]{1,0} add(%p.1, %p.1)
+}
+
+ENTRY %main (x: bf16[256,1024]) -> bf16[1024,1024] {
+  %x = bf16[256,1024]{1,0} parameter(0)
+  %ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %begin = ((bf16[256,1024]{1,0}, token[]), bf16[1024,1024]{1,0}) call-start(%x, %ready), \
+async_execution_thread="sparsecore", to_apply=%called
+  %work = bf16[256,1024]{1,0} fusion(%x), kind=kLoop, calls=%double, BACKEND
+  ROOT %end = bf16[1024,1024]{1,0} call-done(%begin)
+}
+"""
 
 
 @pytest.mark.parametrize('cycles, exposed', [(1500, 14.728e-6), (15000, 5.728e-6), (150_000, 0.0)])
@@ -170,6 +195,32 @@ def test_a_chain_of_fusions_is_one_collective_beside_its_work(cycles, exposed):
   sums = walk.run('main')
   assert sums['exposed', 'all-gather', ('fsdp',)] == pytest.approx(exposed, abs=1e-9)
   assert sums['time'] == pytest.approx(max(cycles / 1.5e9, 2**21 * 3 / 4 / 100e9))
+
+
+@pytest.mark.parametrize('cycles', [0, 6000, 60_000])
+def test_a_sparse_cores_collective_takes_its_rings(cycles):
+  """Two of them: two links of 50 GB/s one way, where a TensorCore would use the torus."""
+  mesh = make_mesh(MeshConfig(fsdp=4, data=1), jax.devices()[:4])
+  text = CALLED.replace(
+    'BACKEND', f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+  )
+  (found,) = schedule.collectives(text, mesh)
+  assert (found.kind, found.started, found.nbytes, found.rings, found.count) == (
+    'all-gather',
+    True,
+    2**21 * 3 // 4,
+    2,
+    1,
+  )
+  walk = roofline._Walk(Module(text), mesh, CHIP, 'bfloat16')
+  walk.tpu = True
+  sums, work = walk.run('main'), cycles / 1.5e9
+  key, takes = ('all-gather', ('fsdp',)), 2**21 * 3 / 4 / 100e9
+  assert sums['links', *key] == pytest.approx(takes)
+  assert sums['exposed', *key] == pytest.approx(max(0, takes - work)) and sums['copies'] == 0
+  assert sums['between', *key] == pytest.approx(work)
+  assert sums['time'] == pytest.approx(max(takes, work))
+  assert any('collectives on the SparseCore' in text for text in walk.assumptions)
 
 
 class Fixed:

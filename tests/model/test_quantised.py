@@ -21,6 +21,7 @@ def whole(model):
 
   def plain(p):
     value = p.get_value()
+    assert isinstance(value, Int8 | jax.Array), type(value)
     return p.replace(value.whole('float32')) if isinstance(value, Int8) else p
 
   return jax.tree.map(plain, model, is_leaf=lambda x: isinstance(x, params.nnx.Variable))

@@ -20,6 +20,7 @@ from model import families, moe as moe_module, rearranged
 from model.execution import ExecutionConfig
 from model.weights import Gathered, Plain, Weight, gathered, int8, joined, read
 from model.weights.int8 import Int8, in_bytes
+from model.weights.turned import Turned
 from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 from tests.goldens import tiny
@@ -61,11 +62,20 @@ def parameters(model) -> dict[str, nnx.Param]:
 def numbers(model):
   """The plain model that bytes and scales stand for: computed here, not by the code under test."""
 
+  def product(value: Int8):
+    return value.values.astype(jnp.float32) * value.scale
+
   def plain(p):
     value = p.get_value()
-    if not isinstance(value, Int8):
-      return p
-    return p.replace(value.values.astype(jnp.float32) * value.scale)
+    if isinstance(value, Turned):
+      # [.., outputs, inputs] -> [.., inputs, outputs], each of some dimensions.
+      rank, inputs = len(value.inner.axes), value.inputs
+      x = product(value.inner)
+      stacked, outputs = x.ndim - rank, x.ndim - inputs
+      order = (*range(stacked), *range(outputs, x.ndim), *range(stacked, outputs))
+      return p.replace(x.transpose(order))
+    assert isinstance(value, Int8 | jax.Array), type(value)
+    return p.replace(product(value)) if isinstance(value, Int8) else p
 
   return jax.tree.map(plain, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

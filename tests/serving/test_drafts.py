@@ -3,6 +3,7 @@ Generator with the same drafts writes?
 """
 
 import dataclasses
+import pathlib
 
 import pytest
 
@@ -74,3 +75,23 @@ def test_drafts_that_a_ring_has_no_room_for_are_refused():
 
   with pytest.raises(ValueError, match='draft_tokens=8 of an engine must be below read_tokens=8'):
     sizes_for(generator(), **SIZES | dict(lookup=2, draft_tokens=8))
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_every_row_drafts_with_its_adapter(monkeypatch):
+  """What is kept of drafts is what the row's own adapter finds, whoever is beside it."""
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / 'decode')
+  from test_several_adapters import models_of
+
+  made = models_of().together()
+  names = ['', 'orders', 'tables', 'lengths']
+  asked = [call(AGAIN, 20, adapter=name, temperature=0.0) for name in names]
+  asked += [call(AGAIN, 16, adapter=name, seed=3, temperature=0.6, top_k=3) for name in names]
+  with running(made, **DRAFTS) as served:
+    expected = check_company(served, asked)
+    stats = served.stats()
+    assert stats.drafted > stats.accepted > 0
+    for one, said in zip(asked, expected, strict=True):
+      (completion,) = made(one.prompt, **options_of(one))
+      assert list(said[0][0]) == completion.ids, one.options.adapter

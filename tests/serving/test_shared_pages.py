@@ -16,6 +16,7 @@ from decode.pool import BACK, COPY, OUT
 from decode.sizes import Sizes, check
 from parallel.mesh import MeshConfig, make_mesh
 from tests.decode.small import config_of
+from tests.serving.test_drafts import DRAFTS, REPEATING
 from tests.serving.test_serving import (
   ASKED,
   BLOCK,
@@ -67,10 +68,10 @@ def slots(asked=ASKED, *model, mesh=None, **sizes):
     return [result(served.submit(apart(one, i))) for i, one in enumerate(asked)]
 
 
-def check_pages(expected, moved, *model, mesh=None, **sizes):
+def check_pages(expected, moved, *model, mesh=None, asked=ASKED, **sizes):
   """As with rows of their own, in any company, where pages are too few for all."""
   with running(generator(*model, **mesh or {}), **FEW | sizes) as served:
-    assert check_company(served) == expected
+    assert check_company(served, asked) == expected
     stats = served.stats()
     assert stats.preempted and moved[OUT] and moved[BACK] and moved[COPY]
     assert stats.prefix_hits and stats.free == stats.rows
@@ -107,6 +108,23 @@ def test_who_waits_writes_what_he_would_have_written(moved):
 )
 def test_pages_are_slots_bit_for_bit(model, sizes, moved):
   check_pages(slots(ASKED, *model, **sizes), moved, *model, **sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'model, mesh',
+  [
+    (('llama', 'float32'), {}),
+    pytest.param(('windows', 'bfloat16'), {}, marks=pytest.mark.long),
+    pytest.param(('llama', 'float32'), dict(data=2), marks=pytest.mark.long),
+  ],
+  ids=str,
+)
+def test_drafts_lie_in_pages_as_they_lie_in_slots(model, mesh, moved):
+  """The same ones are kept, also of rows that have waited."""
+  many = {'rows': 4, 'pages': 14, 'host_pages': 24} if mesh else {}
+  expected = slots(REPEATING, *model, mesh=mesh, **DRAFTS, rows=many.get('rows', 3))
+  check_pages(expected, moved, *model, mesh=mesh, asked=REPEATING, **DRAFTS, **many)
 
 
 @pytest.mark.slow

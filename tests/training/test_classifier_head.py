@@ -263,13 +263,13 @@ def test_a_trained_head_is_judged_as_by_hand(tmp_path, name, mesh, adapter):
   assert result.metrics['accuracy'].value == pytest.approx(float(right))
 
   # As a judge it says of answers whether they have a label.
-  judge = judging_run.judge_of(judging_run.Asked(run, label=LABELS[1]))
+  judge = judging_run.judge_of(judging_run.JudgeRequest(run, label=LABELS[1]))
   answers = [record.text for _, record in held_out]
   assert judge(['a prompt'] * len(answers), answers) == (scores.labels.argmax(1) == 1).tolist()
   with pytest.raises(ValueError, match='say which of them refusals have by --judge_label'):
-    judging_run.judge_of(judging_run.Asked(run))
+    judging_run.judge_of(judging_run.JudgeRequest(run))
   with pytest.raises(ValueError, match='--judge_threshold=1 is not of a run of objective.kind'):
-    judging_run.judge_of(judging_run.Asked(run, threshold=1, label=LABELS[1]))
+    judging_run.judge_of(judging_run.JudgeRequest(run, threshold=1, label=LABELS[1]))
 
   split = scored(run, MeshConfig(data=2, tensor=2))[0]
   np.testing.assert_allclose(split.labels, scores.labels, atol=1e-4)

@@ -156,4 +156,7 @@ def test_what_is_not_read_changes_no_program():
   for name in by_section.pop('optimizer'):
     with pytest.raises(ValueError, match=f'optimizer.{name}=0.5 would not be read'):
       dataclasses.replace(config.optimizer, **{name: 0.5})
+  assert by_section.pop('train') == ['spill_dir']
+  with pytest.raises(ValueError, match='train.spill_dir=.* would not be read'):
+    dataclasses.replace(config.train, spill_dir='elsewhere')
   assert {*by_section} == {'adapter', 'evaluation'}

@@ -13,7 +13,8 @@ import pytest
 
 from workdir import watch as watching
 from workdir.metrics import FILE, read_metrics
-from workdir.watch import ProfileWindow, Watch
+from workdir.profile import ProfileWindow
+from workdir.watch import Watch
 
 
 class Device:

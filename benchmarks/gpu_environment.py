@@ -1,0 +1,69 @@
+"""What is this device, and what are its limits? Bandwidth and large products, which shares of
+other benchmarks are taken of.
+
+    python -m benchmarks.gpu_environment [--json FILE]
+
+The bandwidth is that of a sum over an array (decode/report.py), a product of 8192^3 is in bfloat16;
+on a CPU both are of toys.
+"""
+
+import os
+import subprocess
+
+import commands
+from benchmarks.attention_cases import seconds_of
+
+SIZE, TOY = 8192, 256
+CALLS = 20
+CLOCKS = 'clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used,ecc.mode.current'
+
+
+def clocks() -> str:
+  """What the driver says of the GPU just now, or why it says nothing."""
+  asked = ['nvidia-smi', f'--query-gpu={CLOCKS}', '--format=csv,noheader']
+  try:
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError) as error:
+    return f'not known: {error}'
+
+
+def found() -> dict:
+  import jax
+
+  from benchmarks.attention_peers import repeated
+  from decode import report
+
+  device = jax.devices()[0]
+  gpu = device.platform == 'gpu'
+  size = SIZE if gpu else TOY
+  a, b = (jax.random.normal(jax.random.key(i), (size, size), 'bfloat16') for i in range(2))
+  run, idle = jax.jit(repeated(jax.numpy.matmul, CALLS)), clocks()
+  jax.block_until_ready(run(a, b))
+  seconds = seconds_of(lambda: run(a, b), jax.block_until_ready) / CALLS
+  return {
+    'platform': device.platform,
+    'kind': device.device_kind,
+    'compute_capability': getattr(device, 'compute_capability', None),
+    'memory_bytes': (device.memory_stats() or {}).get('bytes_limit'),
+    'bandwidth': report.bandwidth(),
+    'product_flops': 2 * size**3 / seconds,
+    'clocks_idle': idle,
+    'clocks_busy': clocks(),
+    'flags': {name: os.environ.get(name, '') for name in ('XLA_FLAGS', 'JAX_PLATFORMS')},
+  }
+
+
+def main():
+  options = commands.parser(__doc__).parse_args()
+  results = found()
+  print(
+    f'{results["kind"]}: {results["bandwidth"] / 1e9:,.0f} GB/s, '
+    f'{results["product_flops"] / 1e12:,.3g} TFLOP/s of a large product in bfloat16'
+  )
+  for name in ('clocks_idle', 'clocks_busy'):
+    print(f'{CLOCKS}: {results[name]}')
+  commands.write_json(options.json, 'gpu_environment', results)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,195 @@
+"""Does a bucket answer as a directory does, and what it cannot do, by name?"""
+
+import pathlib
+import random
+
+import pytest
+
+import files
+from remote import address, lease, system
+from tests.remote.conftest import Proxy
+
+
+def shown(root) -> dict:
+  """What lies below a directory, whatever kind it is: by name, content."""
+  return {
+    str(path.relative_to(root)): path.read_bytes() for path in root.rglob('*') if path.is_file()
+  }
+
+
+def test_what_is_done_to_a_bucket_and_to_a_directory_shows_the_same(bucket, tmp_path):
+  """The disk is the oracle: the same acts, the same answers."""
+  draw = random.Random(3)
+  roots = [tmp_path / 'run', bucket / 'run']
+  keys = ['a.json', 'b.txt', 'x/c.json', 'x/y/d', 'x.jsonl']
+  for _ in range(12):
+    act, key, content = draw.choice('wwrru'), draw.choice(keys), draw.randbytes(draw.randint(0, 9))
+    answers = []
+    for root in roots:
+      path = root / key
+      if act == 'w':
+        files.replace(path, content)
+        answers.append(path.stat().st_size)
+      elif act == 'r':
+        answers.append([path.exists(), path.is_file()])
+      else:
+        path.unlink(missing_ok=True)
+    assert len({str(answer) for answer in answers}) <= 1, (act, key, answers)
+  assert shown(roots[0]) == shown(roots[1])
+  of = [sorted(str(p.relative_to(root)) for p in root.glob('*.json')) for root in roots]
+  assert of[0] == of[1]
+  path = bucket / 'run' / 'x' / 'y.tar'
+  disk = pathlib.PurePosixPath('/run/x/y.tar')
+  for name in ('name', 'stem', 'suffix'):
+    assert getattr(path, name) == getattr(disk, name)
+  assert path.with_suffix('.json').name == disk.with_suffix('.json').name
+  assert str(path.parent) == f'{bucket}/run/x' and files.place(str(path)) == path
+  assert (files.here(bucket / 'run') / 'a.json').exists() == (roots[0] / 'a.json').exists()
+  files.remove(bucket / 'run')
+  assert not (bucket / 'run').exists()
+
+
+def test_a_file_that_grows_is_what_was_written_to_it(bucket, monkeypatch):
+  """Through any number of parts, of openings, of replacements."""
+  monkeypatch.setattr(address, 'PART_BYTES', 64)
+  place, draw, expected = bucket / 'metrics.jsonl', random.Random(5), b''
+  for cut in (0, 0, 1, 0):
+    if cut:
+      expected = expected[: draw.randint(64, len(expected))]
+      files.replace(place, expected)
+    with place.open('ab') as file:
+      for _ in range(5):
+        line = b'x' * draw.randint(1, 40) + b'\n'
+        file.write(line)
+        file.flush()
+        expected += line
+    assert place.read_bytes() == expected
+  assert len(list(bucket.iterdir())) > 2
+
+
+def test_parts_of_a_file_that_was_replaced_belong_to_nothing(bucket, monkeypatch):
+  """A writer may be killed between the two."""
+  monkeypatch.setattr(address, 'PART_BYTES', 10)
+  place = bucket / 'metrics.jsonl'
+  with place.open('a') as file:
+    for i in range(4):
+      file.write(f'old line {i}\n')
+      file.flush()
+  system.of('s3').pipe_file(place.path, b'another line\n')
+  assert place.read_text() == 'another line\n'
+
+
+def test_what_reads_files_is_refused_by_name(bucket):
+  for act in (open, pathlib.Path):
+    with pytest.raises(ValueError, match=f'{bucket}/x is in a bucket.*gcsfuse'):
+      act(bucket / 'x')
+  with pytest.raises(ValueError, match='only .*jsonl files grow'):
+    (bucket / 'notes.txt').open('a')
+  for text, said in (('s3:///x', 'names no bucket'), ('s3://b/../x', r'no \. and no')):
+    with pytest.raises(ValueError, match=said):
+      files.place(text)
+  with pytest.raises(ValueError, match='those of buckets'):
+    files.check_local('--workdir', 'http://host/x', buckets=True)
+  assert files.place('file:///tmp/x') == pathlib.Path('/tmp/x')
+
+
+def test_one_process_holds_a_place(bucket, monkeypatch):
+  monkeypatch.setattr(lease, 'BEAT', 0.05)
+  lock = bucket / 'run' / 'lock'
+  with files.locked(lock, 'run', 'wait'):
+    first = lock.read_bytes()
+    with pytest.raises(files.InUse, match='in use by this process'):
+      with files.locked(lock, 'run', 'wait'):
+        pass
+    while lock.read_bytes() == first:  # until it is renewed
+      pass
+  assert not lock.exists()
+
+
+def held_by(place, **changed) -> None:
+  files.replace(place, lease.content_of('theirs', **changed))
+
+
+def test_a_lock_whose_holder_is_gone_is_taken_over(bucket, monkeypatch):
+  """Of this machine at once; of another where it gives no sign of life."""
+  monkeypatch.setattr(lease, 'SETTLES', 0)
+  lock = bucket / 'run' / 'lock'
+  held_by(lock, process=2**22 + 1)  # beyond what Linux counts to
+  with files.locked(lock, 'run', 'wait'):
+    pass
+  monkeypatch.setattr(lease, 'STALE', 0.1)
+  held_by(lock, host='elsewhere')
+  with files.locked(lock, 'run', 'wait'):
+    pass
+
+
+def test_of_two_that_take_a_lock_over_one_goes_on(bucket, monkeypatch):
+  lock = bucket / 'run' / 'lock'
+  held_by(lock, process=2**22 + 1)
+  monkeypatch.setattr(lease.time, 'sleep', lambda _: held_by(lock, host='elsewhere'))
+  with pytest.raises(files.InUse, match='on elsewhere'):
+    with files.locked(lock, 'run', 'wait'):
+      pass
+
+
+def test_a_holder_that_lives_elsewhere_is_heeded(bucket, monkeypatch):
+  lock = bucket / 'run' / 'lock'
+  held_by(lock, host='elsewhere')
+  looks = iter(range(9))
+  monkeypatch.setattr(
+    lease.time, 'sleep', lambda _: held_by(lock, host='elsewhere', beat=next(looks))
+  )
+  with pytest.raises(files.InUse, match='on elsewhere, since .*; give another'):
+    with files.locked(lock, 'run', 'give another'):
+      pass
+
+
+def test_who_has_lost_a_lock_writes_nothing_more(bucket, monkeypatch):
+  monkeypatch.setattr(lease, 'BEAT', 0.05)
+  run = bucket / 'run'
+  with files.locked(run / 'lock', 'run', 'wait'):
+    held_by(run / 'lock', host='elsewhere')
+    while not lease.lost(run):
+      pass
+    with pytest.raises(OSError, match='is not this process.s any more.*elsewhere took it over'):
+      files.replace(run / 'config.json', '{}')
+    files.replace(bucket / 'other' / 'config.json', '{}')
+  assert (run / 'lock').exists(), 'it is the other one\'s'
+
+
+def test_a_missing_bucket_and_a_missing_library_are_one_line(bucket, monkeypatch, anew):
+  with pytest.raises(FileNotFoundError, match='there is no bucket s3://nowhere-at-all; make it'):
+    system.check(files.place('s3://nowhere-at-all/run'), write=True)
+  monkeypatch.setitem(system.DRIVERS, 's3', ('no_such_module', 's3'))
+  system.forget()
+  with pytest.raises(ValueError, match=r"pip install 'tandem\[s3\]'"):
+    files.replace(bucket / 'x', b'')
+
+
+def test_who_may_not_is_told_at_once(bucket, proxy: Proxy):
+  proxy.faults = lambda method, path: 403
+  with pytest.raises(PermissionError, match='give credentials.*AWS_PROFILE'):
+    system.check(bucket / 'run', write=True)
+  assert len(proxy.seen) < 10
+
+
+SLOW = pytest.mark.slow
+FAULTS = [503, 'reset', pytest.param(500, marks=SLOW), pytest.param('stall', marks=SLOW)]
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_request_that_fails_is_made_again(bucket, proxy: Proxy, monkeypatch, anew, fault):
+  """Every third one fails; what was written is whole."""
+  monkeypatch.setattr(system, 'READ_SECONDS', 0.2)
+  proxy.stall, count = 0.6, iter(range(10**6))
+  proxy.faults = lambda method, path: None if next(count) % 3 else fault
+  for i in range(3):
+    files.replace(bucket / f'{i}', b'%d' % i * 1000)
+    assert (bucket / f'{i}').read_bytes() == b'%d' % i * 1000
+
+
+def test_requests_that_always_fail_end(bucket, proxy: Proxy):
+  proxy.faults = lambda method, path: 503
+  with pytest.raises(OSError, match=f'{bucket}/x: .*; does http://127.0.0.1.* answer'):
+    files.replace(bucket / 'x', b'')
+  assert len(proxy.seen) <= 3 * system.RETRIES
