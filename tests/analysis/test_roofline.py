@@ -96,6 +96,25 @@ def test_a_kernel_costs_what_it_declares(topology, cost, seconds):
   assert not found.assumptions or 'kernel my_kernel declares no cost' in found.assumptions[0]
 
 
+@pytest.mark.parametrize('share', [0.5, 0.8, None])
+def test_experts_take_what_share_of_the_matrix_unit_their_bundles_leave(
+  topology, share, monkeypatch
+):
+  """Whatever derivative the kernel's name says that it is of; at the peak, said, where none is
+  tabled.
+  """
+  asked = []
+  monkeypatch.setattr(tuning, 'grouped_share', lambda *which: (asked.append(which), share)[1])
+  mesh, chip = one(topology, 'v5e:2x2')
+  cost = '{"cost_estimate":{"flops":"197000000","transcendentals":"5","bytes_accessed":"1000"}}'
+  text = KERNEL.replace('my_kernel', 'transpose_jvp_grouped_rows__').replace('COST', cost)
+  found = roofline.predict(text, mesh, chip)
+  assert found.kernels == pytest.approx(1e-6 / (share or 1))
+  assert ('TPU v5 lite', 'grouped_rows') in asked
+  words = 'rows of a balanced routing' if share else 'no bundles are tabled'
+  assert words in found.assumptions[0]
+
+
 CARRIED = """HloModule m, is_scheduled=true
 %condition (state: (s32[], f32[1024], u32[])) -> pred[] {
   %state = (s32[], f32[1024]{0}, u32[]) parameter(0)
