@@ -387,10 +387,8 @@ def train(
       window = traced(profile, workdir / 'profile', steps)
       claim(workdir, config, prepared.tokenizer, begun.record, log)
       keep_facts(workdir, cost.facts(mesh))
-      visits = Visits.of(
-        make_evaluate(config, prepared, feed.put),
-        *(config, prepared.tokenizer, mesh, workdir, begun.step),
-      )
+      place = config, prepared.tokenizer, mesh, workdir, begun.step
+      visits = Visits.of(make_evaluate(config, prepared, feed.put), *place)
     watching = Watch(
       workdir,
       steps=steps,
