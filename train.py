@@ -383,8 +383,7 @@ def train(
   if begun.state is not None:
     steps = range(begun.step + 1, config.train.steps + 1)
     with mendable():
-      traced = names.imported('workdir.profile.ProfileWindow')
-      window = traced(profile, workdir / 'profile', steps)
+      window = names.imported('workdir.profile.ProfileWindow')(profile, workdir / 'profile', steps)
       claim(workdir, config, prepared.tokenizer, begun.record, log)
       keep_facts(workdir, cost.facts(mesh))
       place = config, prepared.tokenizer, mesh, workdir, begun.step

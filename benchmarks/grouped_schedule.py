@@ -79,7 +79,7 @@ def compile_here(topology: str, model: str, outer: bool, direction: str, backend
         steps = ours.outer_steps_of(x, dy)
       else:
         steps = ours.steps_of(*((dy, w, True) if direction == 'rows' else (x, w)))
-      step = steps.chunk * steps.inputs * steps.outputs
+      step = steps.chunk * steps.inputs * steps.columns
     jax.jit(run).lower(x, w, dy, sizes).compile()
   return step, device.device_kind
 

@@ -29,6 +29,9 @@ LEAST_VMEM = 16 << 20
 # Rows of a tile and outputs of a matrix, whose product hides how both are fetched; rows of a chunk,
 # which hide how the matrix unit is loaded. The same of the matrices' gradient.
 ROWS, OUTPUTS, CHUNK = 512, 1024, 256
+# Multiply-adds of a loop's body, which is written out: 8,192 bundles or less. The compiler's time
+# grows faster than they do, and a core's instruction memory has an end.
+BODY = 1 << 29
 OUTER, OUTER_CHUNK = 1024, 512
 
 
@@ -54,12 +57,15 @@ class GroupVisits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GroupedSteps:
-  """What a grid step works on: rows of a tile and of a chunk, inputs and outputs of a product."""
+  """What a grid step works on: rows of a tile and of a chunk, inputs and outputs of a product, and
+  of these as many as a chunk meets at a time.
+  """
 
   rows: int
   chunk: int
   inputs: int
   outputs: int
+  columns: int
   vmem: int
 
 
@@ -203,15 +209,22 @@ def _products_step(visits, x, w, y, *numbers, steps, transposed):
   def _():
     y[...] = jnp.zeros_like(y)
 
-  def chunk(c, carry):
+  parts = steps.outputs // steps.columns
+
+  def chunk(n, carry):
+    c, part = (n, 0) if parts == 1 else (jax.lax.div(n, parts), jax.lax.rem(n, parts))
     at = pl.ds(pl.multiple_of(c * steps.chunk, steps.chunk), steps.chunk)
-    matrix = numbers[0][...] if numbers else w[0]
+    columns = pl.ds(pl.multiple_of(part * steps.columns, steps.columns), steps.columns)
+    of_part = (columns, slice(None)) if transposed else (slice(None), columns)
+    matrix = numbers[0][of_part] if numbers else w[(0, *of_part)]
     product = _product(x[at, :], matrix, 1, int(transposed)).astype(y.dtype)
     # A row is multiplied by itself: NaN of another one's stays there.
-    y[at, :] = jnp.where(_between(c * steps.chunk, low, high, product.shape), product, y[at, :])
+    mine = _between(c * steps.chunk, low, high, product.shape)
+    y[at, columns] = jnp.where(mine, product, y[at, columns])
     return carry
 
-  jax.lax.fori_loop(low // steps.chunk, pl.cdiv(high, steps.chunk), chunk, None)
+  behind = pl.cdiv(high, steps.chunk) * parts
+  jax.lax.fori_loop(low // steps.chunk * parts, behind, chunk, None)
 
 
 def _outer_step(visits, x, dy, out, sums, *, steps):
@@ -335,14 +348,18 @@ def steps_of(x, w, transposed: bool = False) -> GroupedSteps | None:
   # A chunk's products are in f32 before they are rounded.
   of_output += 4 * min(CHUNK, rows)
   outputs = _part(N, min(OUTPUTS, (vmem - 2 * rows * K * width) // of_output), halves)
-  return GroupedSteps(rows, min(CHUNK, rows), K, outputs, vmem) if outputs else None
+  if not outputs:
+    return None
+  chunk = min(CHUNK, rows)
+  columns = _part(outputs, max(LANES, BODY // (chunk * K)))
+  return GroupedSteps(rows, chunk, K, outputs, columns, vmem)
 
 
 def outer_steps_of(x, dy) -> GroupedSteps:
   """Of `outer_products`."""
   rows, vmem, halves = _here(len(x))
   inputs, outputs = _part(x.shape[1], OUTER, halves), _part(dy.shape[1], OUTER)
-  return GroupedSteps(rows, min(OUTER_CHUNK, rows), inputs, outputs, vmem)
+  return GroupedSteps(rows, min(OUTER_CHUNK, rows), inputs, outputs, outputs, vmem)
 
 
 def _here(M: int) -> tuple[int, int, bool]:
@@ -359,7 +376,7 @@ def _part(n: int, most: int, halves: bool = False) -> int:
   parts = [p for p in range(LANES, min(n, most) + 1, LANES) if n % p == 0]
   even = [p for p in parts if n // p % 2 == 0] if halves else []
   parts = even or parts
-  return max(parts, key=lambda p: (p % MATRIX == 0 and p >= 2 * MATRIX, p), default=0)
+  return max(parts, key=lambda p: (p % MATRIX == 0, p), default=0)
 
 
 def _filled_up(x, rows: int):
