@@ -14,14 +14,11 @@ import subprocess
 import sys
 import tempfile
 
-from absl import app, flags
-
+import commands
 import files
 from analysis.published import runs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-ONLY = flags.DEFINE_string('only', '', 'Runs whose name or chip holds this.')
-JSON = flags.DEFINE_string('json', '', 'What is known of runs; kept up to date.')
 
 
 def planned(run, flags_: tuple[str, ...] = ()) -> dict:
@@ -36,11 +33,14 @@ def planned(run, flags_: tuple[str, ...] = ()) -> dict:
     return json.loads(path.read_text())
 
 
-def main(arguments):
-  del arguments
-  known = json.loads(pathlib.Path(JSON.value).read_text()) if _there() else {}
+def main():
+  arguments = commands.parser(__doc__)
+  arguments.add_argument('--only', default='', help='runs whose name or chip holds this')
+  options = arguments.parse_args()
+  kept = pathlib.Path(options.json) if options.json else None
+  known = json.loads(kept.read_text()) if kept and kept.exists() else {}
   for run in runs():
-    if ONLY.value not in f'{run.chip} {run.name}' or run.name in known:
+    if options.only not in f'{run.chip} {run.name}' or run.name in known:
       continue
     try:
       plan = planned(run)
@@ -52,16 +52,12 @@ def main(arguments):
       'predicted': seconds,
       'published': run.published,
       'fits': plan['fits'],
-      'compiler': plan['compiler'][0] if isinstance(plan['compiler'], list) else plan['compiler'],
+      'compiler': plan['compiler'],
     }
     print(f'{run.name}: published {run.published:.3f} s, predicted {seconds} s', flush=True)
-    if JSON.value:
-      files.replace(JSON.value, json.dumps(known, indent=1) + '\n')
-
-
-def _there() -> bool:
-  return bool(JSON.value) and pathlib.Path(JSON.value).exists()
+    if kept:
+      files.replace(kept, json.dumps(known, indent=1) + '\n')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()
