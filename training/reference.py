@@ -97,6 +97,8 @@ def _reads(config, path):
     return config.adapter.kind in READ_BY[name]
   if path == 'train.spill_dir':
     return config.train.offload_optimizer == 'disk'
+  if path == 'model.execution.experts':
+    return bool(model.moe.experts)
   if section == 'optimizer' and type(optimizer).__dataclass_fields__[name].default == DEFAULT:
     return name in optimizer.settings()
   if section == 'model.rope':

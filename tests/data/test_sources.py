@@ -206,11 +206,11 @@ def test_zst_is_read_by_the_library_that_is_there_or_says_what_to_install(tmp_pa
   class ZstdError(Exception):
     pass
 
-  stub = types.SimpleNamespace(open=lambda path, mode: open(path, mode), ZstdError=ZstdError)
+  stub = types.SimpleNamespace(open=lambda file, mode: file, ZstdError=ZstdError)
   monkeypatch.setattr(compressed, '_zstandard', lambda: stub)
   assert read(source) == (['packed'], {})
 
-  def refuse(path, mode):
+  def refuse(file, mode):
     raise ZstdError
 
   stub.open = refuse
