@@ -144,9 +144,11 @@ def test_what_is_not_read_changes_no_program():
     for names in [by_section.pop(f'model.{part}')]
   }
   parts |= changed(model, by_section.pop('model'))
+  assert by_section.pop('model.execution') == ['experts']
+  parts['execution'] = dataclasses.replace(model.execution, experts='blocked')
   adapter = dataclasses.replace(config.adapter, rank=3, alpha=1.0, stabilised=True, targets=('no',))
   other = dataclasses.replace(config, model=dataclasses.replace(model, **parts), adapter=adapter)
-  assert other.model.moe.per_token != model.moe.per_token and len(parts) == 5
+  assert other.model.moe.per_token != model.moe.per_token and len(parts) == 6
 
   mesh = make_mesh(config.mesh, jax.devices()[:1])
   read = dataclasses.replace(config, model=dataclasses.replace(model, norm_epsilon=1e-3))
