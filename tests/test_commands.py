@@ -276,6 +276,7 @@ def test_an_unknown_field_names_the_nearest(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_impossible_wishes_end_in_one_line(runs, whole, tmp_path):
   """In one go: what a config, a mesh and a directory can get wrong each goes
   through the same door.
@@ -596,6 +597,7 @@ def assert_said(found, words):
     )
 
 
+@pytest.mark.slow
 def test_lines_of_prompts_that_cannot_be_are_said_with_their_place(said, tmp_path):
   lines = {
     rb'{"prompt": "a\ud800b"}': r"a text has '\\ud800' at 1, half of a surrogate pair.*; "
@@ -674,6 +676,7 @@ def test_the_end_of_the_context_is_said(runs, whole):
     assert 'max_new_tokens=128' in done.error and done.out.startswith('def f(')
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_split_the_model_is_said(said):
   assert_said(
     said(['--mesh=data=1,tensor=3']),
@@ -681,6 +684,7 @@ def test_a_mesh_that_does_not_split_the_model_is_said(said):
   )
 
 
+@pytest.mark.slow
 def test_flags_that_cannot_be_are_said(said, tmp_path):
   (tmp_path / 'chat.jsonl').write_text('{"messages": [{"role": "user", "content": "x"}]}')
   (tmp_path / 'file').touch()

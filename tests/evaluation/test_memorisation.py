@@ -119,6 +119,7 @@ def test_what_was_found_is_written_to_be_read(tmp_path):
   assert '**MEMORISED: beyond the control in exact match' in page and 'word for word' in page
 
 
+@pytest.mark.slow
 def test_canaries_that_were_trained_on_are_exposed():
   knows, knows_not = models()
   exposed = canaries.exposures(knows, SPACE, SECRETS, 200, 0)

@@ -222,6 +222,7 @@ def test_perplexity_is_the_training_loss():
 # Generation.
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_generator():
   """Which go side by side there, and join one another here; seeds are those of its prompts."""
   prompts = [f'{row["q"]} ' for row in ROWS[:6]]

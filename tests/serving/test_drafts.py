@@ -47,6 +47,7 @@ def options_of(one: Call) -> dict:
   return given
 
 
+@pytest.mark.slow
 def test_bytes_are_the_same_in_any_company(drafting):
   check_company(drafting, REPEATING)
   stats = drafting.stats()

@@ -49,6 +49,7 @@ def logprobs(workdir):
   return generator.score(['some words', 'other ones'])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapter_and_names_the_base(base, lora):
   record, kept = leaves(lora, 4)
   assert {name.split('.')[1] for name in kept if name.startswith('models.')} == {'adapter'}
@@ -83,6 +84,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(corpus, base, lora, tmp_path):
       np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_it_generates_as_what_it_is_merged_into(base, lora, tmp_path, capsys):
   convert.main(['merge', '--workdir', str(lora), '--to', str(tmp_path / 'merged')])
   assert 'its adapter merged' in capsys.readouterr().out
@@ -130,11 +132,13 @@ def test_an_adapter_on_bytes_goes_beside_others_on_bytes(corpus, base, lora, tmp
   np.testing.assert_allclose(scores, logprobs(tmp_path)[0], rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_no_model_to_begin_with(corpus, lora, tmp_path):
   with pytest.raises(SystemExit, match='holds an adapter and not a model: merge them first'):
     run_here(adapted(corpus, lora), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_base_that_moved_is_told_and_another_one_refused(base, lora, tmp_path, capsys):
   copy, moved = tmp_path / 'lora', tmp_path / 'moved'
   shutil.copytree(lora, copy)

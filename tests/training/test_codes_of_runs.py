@@ -97,6 +97,7 @@ def test_what_multiplies_codes_by_codes_is_opened_as_it_was_written(runs, tmp_pa
   assert max(np.abs(a - b).max() for a, b in zip(found, plain)) > 1e-3
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_on_it_and_merged(corpus, runs, tmp_path):
   """QLoRA: the base is kept where it is, bit for bit, and the sum is one of numbers."""
   before = {n: np.asarray(x) for n, x in named_leaves(open_run(runs / 'codes').model).items()}
