@@ -99,6 +99,8 @@ def _reads(config, path):
     return config.train.offload_optimizer == 'disk'
   if path == 'model.execution.experts':
     return bool(model.moe.experts)
+  if section == 'model.execution.pipeline':
+    return config.mesh.stage != 1
   if section == 'optimizer' and type(optimizer).__dataclass_fields__[name].default == DEFAULT:
     return name in optimizer.settings()
   if section == 'model.rope':

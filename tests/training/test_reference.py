@@ -13,6 +13,7 @@ from absl import flags
 
 from objectives import kinds
 from parallel.mesh import make_mesh
+from parallel.pipeline import PipelineConfig
 from tests.training.conftest import tiny
 from training import config as configs, overrides, reference
 from training.program import lower_step
@@ -111,12 +112,12 @@ def test_what_there_is_is_listed(flag, shown):
 
 
 def test_a_run_reads_no_more_fields_than_a_person_can_know():
-  """152 of a run whose model has neither experts, latent attention nor an adapter; the table of
-  what is read where (reference.read_by) holds by the tests below.
+  """150 of a run whose model has neither experts, latent attention, stages nor an adapter; the
+  table of what is read where (reference.read_by) holds by the tests below.
   """
   for kind in kinds.KINDS:
     config = dataclasses.replace(tiny(), objective=kinds.of(kind)())
-    assert 60 < len(reference.read_by(config)) <= 152, kind
+    assert 60 < len(reference.read_by(config)) <= 150, kind
 
 
 def changed(section, names):
@@ -145,7 +146,9 @@ def test_what_is_not_read_changes_no_program():
   }
   parts |= changed(model, by_section.pop('model'))
   assert by_section.pop('model.execution') == ['experts']
-  parts['execution'] = dataclasses.replace(model.execution, experts='blocked')
+  assert {*by_section.pop('model.execution.pipeline')} == {'schedule', 'microbatches', 'repeats'}
+  pipeline = PipelineConfig(schedule='circular', microbatches=4, repeats=2)
+  parts['execution'] = dataclasses.replace(model.execution, experts='blocked', pipeline=pipeline)
   adapter = dataclasses.replace(config.adapter, rank=3, alpha=1.0, stabilised=True, targets=('no',))
   other = dataclasses.replace(config, model=dataclasses.replace(model, **parts), adapter=adapter)
   assert other.model.moe.per_token != model.moe.per_token and len(parts) == 6
