@@ -256,6 +256,7 @@ def assert_close_end(a, b, steps, tolerance=1e-5):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'mesh',
   [
