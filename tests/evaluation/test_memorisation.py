@@ -221,6 +221,7 @@ def test_scores_tell_apart_as_their_definitions_say():
   assert (gap.value, gap.low, gap.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_scores_of_passages_are_those_of_the_model():
   _, model = models()
   passages = [Passage('a', (TOKENIZER.bos, 70), (71, 72)), Passage('b', (1, 70), (71,), learned=2)]

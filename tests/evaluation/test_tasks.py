@@ -267,6 +267,7 @@ def content(output):
   return {path.name: path.read_bytes() for path in output.iterdir()}
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_ends_with_the_same_bytes(tmp_path, monkeypatch):
   """Wherever a kill came: between blocks, within a line, before the summary."""
   monkeypatch.setattr(scoring.Scorer, 'block', 6)

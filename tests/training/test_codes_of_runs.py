@@ -48,6 +48,7 @@ def alike(a, b, atol=1e-5):
     np.testing.assert_allclose(one, other, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_it_generates_as_its_numbers(runs, capsys):
   coded = Generator.load(runs / 'codes')
   run, before = open_run(runs / 'codes'), open_run(runs / 'run')
