@@ -113,7 +113,11 @@ def main(mode: str, seconds: int, memory: int) -> None:
   if mode == 'confined':
     # Where modules are that it may import, and libraries that these need.
     parts = [*sys.path, sys.base_prefix, '/usr/lib', '/usr/lib64', '/lib', '/lib64']
-    withhold_files(parts, os.getcwd())
+    try:
+      withhold_files(parts, os.getcwd())
+    except OSError as error:  # no fault of the program's, which does not run
+      os.write(out, f'\n{word} {error}'.encode())
+      os._exit(0)
     sys.addaudithook(refuse)
   try:
     exec(compile(program, 'program', 'exec'), {'__name__': '__main__'})

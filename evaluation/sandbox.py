@@ -52,7 +52,8 @@ class Sandbox:
       )
 
   def fault(self, program: str) -> str:
-    """Runs it to its end; what went wrong, on a line, or '' where nothing did.
+    """Runs it to its end; what went wrong, on a line, or '' where nothing did. Raises RuntimeError
+    where the system does not confine it after all.
 
     That a process has ended well says nothing: it may have ended itself. So the last thing that it
     does is to say a word, which it did not know before.
@@ -64,7 +65,7 @@ class Sandbox:
       tempfile.TemporaryFile() as given,
       tempfile.TemporaryFile() as out,
     ):
-      given.write(f'{word}\n{program}'.encode())
+      given.write(f'{word}\n{program}'.encode(errors='replace'))
       given.seek(0)
       process = subprocess.Popen(
         [sys.executable, '-I', pathlib.Path(confined.__file__), *self._limits()],
@@ -89,6 +90,8 @@ class Sandbox:
     if process.returncode < 0:
       return f'it was ended by {signal.Signals(-process.returncode).name}'
     last = said.decode(errors='replace').rpartition('\n')[2]
+    if last.startswith(f'{word} '):
+      raise RuntimeError(f'programs cannot be confined here: {last.removeprefix(word).strip()}')
     if last == word:
       return ''
     known = last.startswith(confined.FAULT)

@@ -3,7 +3,8 @@ one of them is gone? By the store that jax's coordinator keeps for all: no port 
 its own, and no device takes part, so that who has nothing to hear may wait for days.
 
 Messages are numbered; each other process hears all of them, in order. That it lives a process says
-every PULSE seconds, from a thread of its own, whatever its devices do.
+every PULSE seconds, from a thread of its own, whatever its devices do, and with that how many it
+has heard: what all have, the store need not keep.
 """
 
 import threading
@@ -28,7 +29,7 @@ class Messages:
     self._client: Any = distributed.global_state.client
     self._name = name
     self._number = 0  # of the next message
-    self._cleared = 0  # messages before this one are not kept any more
+    self._cleared = 0  # messages before this one are not kept any more: all have heard them
     self._over = threading.Event()
 
   # Of process 0.
@@ -41,12 +42,6 @@ class Messages:
     head = b'%d ' % len(parts)
     self._client.key_value_set_bytes(self._key(self._number, 0), head + parts[0])
     self._number += 1
-
-  def clear(self) -> None:
-    """All that was said was heard by all."""
-    for number in range(self._cleared, self._number):
-      self._client.key_value_delete(f'{self._name}/{number}/')
-    self._cleared = self._number
 
   def watch(self, lost: Callable[[int], None]) -> None:
     """lost: hears, once, from a thread of its own, which process gives no sign of life."""
@@ -89,7 +84,7 @@ class Messages:
     count, key = 0, self._pulse(jax.process_index())
     while not self._over.wait(PULSE if count else 0):
       count += 1
-      self._client.key_value_set_bytes(key, b'%d' % count, allow_overwrite=True)
+      self._client.key_value_set_bytes(key, b'%d %d' % (count, self._number), allow_overwrite=True)
 
   def _watch(self, lost: Callable[[int], None]) -> None:
     seen = {process: (b'', time.monotonic()) for process in range(1, jax.process_count())}
@@ -105,3 +100,10 @@ class Messages:
         elif now - since > PATIENCE:
           lost(process)
           return
+      self._clear(min(int(pulse.split()[1]) if pulse else 0 for pulse, _ in seen.values()))
+
+  def _clear(self, heard: int) -> None:
+    """Messages before this one were heard by all."""
+    for number in range(self._cleared, heard):
+      self._client.key_value_delete(f'{self._name}/{number}/')
+    self._cleared = heard

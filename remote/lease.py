@@ -111,7 +111,13 @@ def _created(path, content: bytes) -> bool:
 
 
 def _taken(error: OSError) -> bool:
-  return bool(re.search('PreconditionFailed|ConditionalRequestConflict|412|409', str(error)))
+  """Whether the bucket refused since there is an object; by what it said, not by our own words,
+  which have the place's name in them.
+  """
+  said = error.__cause__
+  if getattr(said, 'code', None) in (409, 412):
+    return True
+  return bool(re.search('PreconditionFailed|ConditionalRequestConflict', str(said)))
 
 
 def _wait_for_end(path, place: str, remedy: str) -> None:

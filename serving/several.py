@@ -101,9 +101,7 @@ class LeadingRows(EngineRows):
   def taken(self, chunk: Any) -> Chunk:
     self._say('taken')
     with _ending():
-      chunk = super().taken(chunk)
-    self._messages.clear()  # all have come so far
-    return chunk
+      return super().taken(chunk)
 
   def forget(self, row: int) -> None:
     self._do('forget', row)

@@ -123,6 +123,22 @@ def test_a_lock_whose_holder_is_gone_is_taken_over(bucket, monkeypatch):
     pass
 
 
+def test_only_a_buckets_own_refusal_says_that_a_lock_is_taken():
+  """Not a name or a number that stands in what else went wrong."""
+
+  class Refused(Exception):
+    code = 412
+
+  for cause, taken in (
+    (Refused('conditionNotMet'), True),
+    (Exception('An error occurred (PreconditionFailed) when calling PutObject'), True),
+    (Exception('reset by peer, request 412'), False),
+  ):
+    error = OSError(f's3://bucket/412/lock: {cause}')
+    error.__cause__ = cause
+    assert lease._taken(error) == taken
+
+
 def test_of_two_that_take_a_lock_over_one_goes_on(bucket, monkeypatch):
   lock = bucket / 'run' / 'lock'
   held_by(lock, process=2**22 + 1)
