@@ -6,8 +6,15 @@ for stalls: waits for memory, and a matrix unit that takes longer than its instr
 """
 
 import dataclasses
+import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
+import tempfile
+
+from analysis import aot
 
 DELAY_SLOTS = 5  # bundles from a branch, itself included, to where it takes effect
 
@@ -18,6 +25,23 @@ def dump_flags(directory: str) -> str:
   """
   flags = ['dump_to=' + directory, 'dump_llo_text=true', 'dump_llo_pass_label_regex=final.*']
   return ' '.join('--xla_jf_' + flag for flag in flags)
+
+
+def dumped(module: str, jobs: list[dict]) -> list[dict]:
+  """What `python -m module --child DIRECTORY` prints of jobs, a line of JSON each, in a process
+  that loads libtpu anew and dumps kernels into that directory. Raises RuntimeError where it fails.
+  """
+  with tempfile.TemporaryDirectory() as directory:
+    done = subprocess.run(
+      [sys.executable, '-m', module, '--child', directory],
+      env=os.environ | aot.LIBTPU | {'LIBTPU_INIT_ARGS': dump_flags(directory)},
+      text=True,
+      capture_output=True,
+      input=''.join(json.dumps(job) + '\n' for job in jobs),
+    )
+  if done.returncode:
+    raise RuntimeError(f'libtpu fails:\n{done.stderr[-2000:]}')
+  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ import time
 
 import commands
 from benchmarks.attention_cases import DIRECTIONS, Case
+from benchmarks.gpu_environment import lacking
 
 OURS = 'pallas_gpu'
 PEERS = {
@@ -306,11 +307,7 @@ def main() -> int:
         'python -m benchmarks.attention_peers says why'
       )
       return 1
-    if not options.rehearse and peak['platform'] != 'gpu':
-      print(
-        f'not measured: no GPU at hand, jax sees {peak["kind"]!r} ({peak["platform"]}); --rehearse '
-        'runs the harness without one'
-      )
+    if lacking(peak['kind'], peak['platform'], options.rehearse):
       return 1
     print(f'{peak["kind"]}: {peak["peak"] / 1e12:.3g} TFLOP/s of a large product in bfloat16')
 

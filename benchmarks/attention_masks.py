@@ -25,6 +25,7 @@ import time
 import numpy as np
 
 import commands
+from benchmarks.gpu_environment import begun
 
 PARITY = 1.1  # times the error of the twin
 LSE = 1e-3
@@ -258,23 +259,9 @@ def show(results: dict[str, dict]) -> None:
 
 
 def main() -> int:
-  parser = commands.parser(__doc__)
-  parser.add_argument('--budget', type=float, default=120, help='seconds for everything')
-  parser.add_argument(
-    '--rehearse', action='store_true', help='toy sizes on this CPU, to test the harness'
-  )
-  options = parser.parse_args()
-  if options.rehearse:
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-  import jax
-
-  device, ends = jax.devices()[0], time.time() + options.budget
-  if device.platform != 'gpu' and not options.rehearse:
-    print(
-      f'not measured: no GPU at hand, jax sees {device.device_kind!r} ({device.platform}); '
-      '--rehearse runs the harness without one'
-    )
+  if not (given := begun(__doc__, 120)):
     return 1
+  options, device, ends = given
   backend, length = ('blocked', TOY) if options.rehearse else ('pallas_gpu', LENGTH)
   cases = TOYS if options.rehearse else CASES
   programs, results = Programs(cases, length, backend), {}

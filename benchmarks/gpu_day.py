@@ -30,6 +30,7 @@ import time
 import commands
 import files
 from benchmarks import train_gpu, train_step
+from benchmarks.gpu_environment import lacking
 from parallel import hosts
 
 TOY_SECONDS = 60.0  # what a piece of a rehearsal takes at most
@@ -299,11 +300,7 @@ def main() -> int:
     os.environ['JAX_PLATFORMS'] = 'cpu'
   day = Day(options.budget, options.json, options.rehearse)
   platform, kind = train_gpu.device()
-  if platform != 'gpu' and not options.rehearse:
-    print(
-      f'not measured: no GPU at hand, jax sees {kind!r} ({platform}); '
-      '--rehearse runs the harness without one'
-    )
+  if lacking(kind, platform, options.rehearse):
     return 1
   # As an interruption, so that what runs is ended, too.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

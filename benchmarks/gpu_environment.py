@@ -9,6 +9,7 @@ on a CPU both are of toys.
 
 import os
 import subprocess
+import time
 
 import commands
 from benchmarks.attention_cases import seconds_of
@@ -16,6 +17,36 @@ from benchmarks.attention_cases import seconds_of
 SIZE, TOY = 8192, 256
 CALLS = 20
 CLOCKS = 'clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used,ecc.mode.current'
+
+
+def lacking(kind: str, platform: str, rehearsed: bool) -> bool:
+  """Whether there is nothing to measure on: no GPU, and no rehearsal; which is said."""
+  if platform == 'gpu' or rehearsed:
+    return False
+  print(
+    f'not measured: no GPU at hand, jax sees {kind!r} ({platform}); --rehearse runs the harness '
+    'without one'
+  )
+  return True
+
+
+def begun(description: str, budget: float):
+  """Of a benchmark for a GPU: its options, the device, and when its time is over; None where there
+  is nothing to measure on. budget: seconds, where --budget does not say them.
+  """
+  parser = commands.parser(description)
+  parser.add_argument('--budget', type=float, default=budget, help='seconds for everything')
+  parser.add_argument(
+    '--rehearse', action='store_true', help='toy sizes on this CPU, to test the harness'
+  )
+  options = parser.parse_args()
+  if options.rehearse:
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+  import jax
+
+  device, ends = jax.devices()[0], time.time() + options.budget
+  missing = lacking(device.device_kind, device.platform, options.rehearse)
+  return None if missing else (options, device, ends)
 
 
 def clocks() -> str:

@@ -14,13 +14,13 @@ its own matrix in f32; one of more than ERROR fails the command.
 """
 
 import dataclasses
-import os
 import sys
 import time
 
 import numpy as np
 
 import commands
+from benchmarks.gpu_environment import begun
 
 ERROR = 1e-2  # root mean square of the error over that of the exact values
 CHECKED = 3  # experts
@@ -151,23 +151,9 @@ def show(results: dict[int, dict[str, dict]], device: str, setting: Grouped) -> 
 
 
 def main() -> int:
-  parser = commands.parser(__doc__)
-  parser.add_argument('--budget', type=float, default=90, help='seconds for everything')
-  parser.add_argument(
-    '--rehearse', action='store_true', help='toy sizes on this CPU, to test the harness'
-  )
-  options = parser.parse_args()
-  if options.rehearse:
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-  import jax
-
-  device, ends = jax.devices()[0], time.time() + options.budget
-  if device.platform != 'gpu' and not options.rehearse:
-    print(
-      f'not measured: no GPU at hand, jax sees {device.device_kind!r} ({device.platform}); '
-      '--rehearse runs the harness without one'
-    )
+  if not (given := begun(__doc__, 90)):
     return 1
+  options, device, ends = given
   setting, results = TOY if options.rehearse else Grouped(), {}
   for experts in setting.experts:
     results[experts] = {}

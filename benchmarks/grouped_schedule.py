@@ -21,9 +21,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import itertools
 import json
 import pathlib
-import subprocess
 import sys
-import tempfile
 
 import commands
 import files
@@ -128,18 +126,7 @@ def child(directory: str) -> None:
 
 def measure(jobs: list[dict]) -> list[dict]:
   """What `child` finds, of a process that loads libtpu anew."""
-  with tempfile.TemporaryDirectory() as directory:
-    environment = os.environ | aot.LIBTPU | {'LIBTPU_INIT_ARGS': bundles.dump_flags(directory)}
-    done = subprocess.run(
-      [sys.executable, '-m', 'benchmarks.grouped_schedule', '--child', directory],
-      env=environment,
-      text=True,
-      capture_output=True,
-      input=''.join(json.dumps(job) + '\n' for job in jobs),
-    )
-  if done.returncode:
-    raise RuntimeError(f'libtpu fails:\n{done.stderr[-2000:]}')
-  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+  return bundles.dumped('benchmarks.grouped_schedule', jobs)
 
 
 def main():

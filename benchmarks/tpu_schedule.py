@@ -23,9 +23,7 @@ import itertools
 import json
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 
 import numpy as np
 
@@ -185,18 +183,7 @@ def measure(jobs: list[dict]) -> list[dict]:
   slots: of the matrix unit in a whole tile, of stores that spill in the body that has most; or
   {'error': why}.
   """
-  with tempfile.TemporaryDirectory() as directory:
-    environment = os.environ | aot.LIBTPU | {'LIBTPU_INIT_ARGS': bundles.dump_flags(directory)}
-    done = subprocess.run(
-      [sys.executable, '-m', 'benchmarks.tpu_schedule', '--child', directory],
-      env=environment,
-      text=True,
-      capture_output=True,
-      input=''.join(json.dumps(job) + '\n' for job in jobs),
-    )
-  if done.returncode:
-    raise RuntimeError(f'libtpu fails:\n{done.stderr[-2000:]}')
-  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+  return bundles.dumped('benchmarks.tpu_schedule', jobs)
 
 
 def chip_of(topology: str):

@@ -29,6 +29,7 @@ import time
 
 import commands
 from benchmarks import train_step
+from benchmarks.gpu_environment import lacking
 
 LENGTHS = (4096, 16384)
 TOKENS = 16384
@@ -294,11 +295,7 @@ def main() -> int:
 
   ends = time.time() + options.budget
   platform, kind = device()
-  if platform != 'gpu' and not options.rehearse:
-    print(
-      f'not measured: no GPU at hand, jax sees {kind!r} ({platform}); '
-      '--rehearse runs the harness without one'
-    )
+  if lacking(kind, platform, options.rehearse):
     return 1
   from analysis import hardware
 

@@ -28,7 +28,7 @@ from data import cache, content, duplicates, prepare, shards, sources, tokenizer
 from data.config import DataConfig, SourceConfig
 from data.engine import CorpusTask, TaskEngine, run
 from data.partitions import NUMBERS, Partition, Workspace, partitions
-from data.prepared import conclude_plans, described
+from data.prepared import conclude_plans
 from data.stages_encode import SIDES
 
 PLAN = 'plan.json'
@@ -188,14 +188,7 @@ class _Corpus:
     """What the report says of each source, as data.prepare counts it."""
     found = []
     for number, source in enumerate(self._sources):
-      counts = {
-        'source': described(source),
-        'read': collections.Counter(),
-        'problems': sources.Problems(),
-        'dropped': collections.Counter(),
-        'repaired_characters': 0,
-        'anonymised': collections.Counter(),
-      }
+      counts = prepare.no_counts(source)
       lines: collections.Counter = collections.Counter()
       for i in self._of_source(number):
         of, left = cleaned[i], kept[i]

@@ -131,14 +131,7 @@ def _build_corpus(
     seen: set[bytes] = set()
     bounds = [0]
     for source in (*config.sources, *config.validation):
-      counts = {
-        'source': described(source),
-        'read': collections.Counter(),
-        'problems': sources.Problems(),
-        'dropped': collections.Counter(),
-        'repaired_characters': 0,
-        'anonymised': collections.Counter(),
-      }
+      counts = no_counts(source)
       texts.write(_cleaned(config, source, seen, counts))
       counts['first_problems'] = counts['problems'].first
       bounds.append(len(texts))
@@ -330,6 +323,18 @@ def conclude(
   names += [f'tokenizer/{path.name}' for path in sorted((directory / 'tokenizer').iterdir())]
   written = [file for split in splits for shard in split['shards'] for file in shard['files']]
   return written + [cache.record(directory, name) for name in names]
+
+
+def no_counts(source: SourceConfig) -> dict:
+  """What the report says of a source of which nothing was read."""
+  return {
+    'source': described(source),
+    'read': collections.Counter(),
+    'problems': sources.Problems(),
+    'dropped': collections.Counter(),
+    'repaired_characters': 0,
+    'anonymised': collections.Counter(),
+  }
 
 
 def described_counts(counts: dict) -> str:

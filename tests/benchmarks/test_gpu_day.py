@@ -5,6 +5,7 @@ compared? Toys on this CPU; no timing is looked at.
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -16,7 +17,14 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import attention_masks, decode, gpu_day, grouped_matmul_gpu, train_gpu
+from benchmarks import (
+  attention_masks,
+  decode,
+  gpu_day,
+  gpu_environment,
+  grouped_matmul_gpu,
+  train_gpu,
+)
 from benchmarks.attention_masks import MaskCase
 
 # A benchmark: --json FILE, after what it is told to do.
@@ -119,6 +127,8 @@ def test_every_piece_asks_for_what_its_benchmark_knows(piece_):
   for command in (piece_.command, piece_.toy):
     module, *flags = shlex.split(command)
     text = pathlib.Path(importlib.util.find_spec(module).origin).read_text()
+    if 'begun(__doc__' in text:
+      text += inspect.getsource(gpu_environment.begun)
     assert not piece_.keeps or "'--budget'" in text
     for flag in flags:
       name, _, value = flag.removeprefix('--').partition('=')
