@@ -9,9 +9,9 @@ with the inner matrices (D to F) and with the outer ones (F to D), each forward,
 matrix transposed) and by matrices. A share is what a chunk of rows takes at the peak of the matrix
 unit, over the bundles of the loop that computes it, and 100% where these are fewer: then it is the
 unit that takes the time. Fetches that nothing hides, a visit's first bundles and chunks that two
-groups share are not in it. megablox is given tiles of 512 rows, 1,024
-inputs and 1,024 outputs, or all where there are fewer. --write puts the smallest share of each
-kernel and kind of TPU where plan.py looks (kernels/grouped.json). Needs libtpu (the extra `plan`).
+groups share are not in it. megablox is given tiles of 512 rows, 1,024 inputs and 1,024 outputs, or
+all where there are fewer. --write puts the smallest share of each kernel where plan.py looks, for
+each kind of TPU that was asked for (kernels/grouped.json). Needs libtpu (the extra `plan`).
 """
 
 import os
@@ -85,15 +85,15 @@ def compile_here(topology: str, model: str, outer: bool, direction: str, backend
 def megablox(direction: str, K: int, N: int):
   """jax's kernel, and the multiply-adds of its step."""
   import jax
-  from jax.experimental.pallas.ops.tpu.megablox import gmm
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
   rows, *most = PEER_TILE
   inputs, outputs = (min(n, m) for n, m in zip((N, K) if direction == 'rows' else (K, N), most))
   tile = dict(tiling=(rows, inputs, outputs), preferred_element_type=jax.numpy.bfloat16)
   run = {
-    'forward': lambda x, w, dy, sizes: gmm.gmm(x, w, sizes, **tile),
-    'rows': lambda x, w, dy, sizes: gmm.gmm(dy, w, sizes, transpose_rhs=True, **tile),
-    'matrices': lambda x, w, dy, sizes: gmm.tgmm(x.swapaxes(0, 1), dy, sizes, **tile),
+    'forward': lambda x, w, dy, sizes: gmm(x, w, sizes, **tile),
+    'rows': lambda x, w, dy, sizes: gmm(dy, w, sizes, transpose_rhs=True, **tile),
+    'matrices': lambda x, w, dy, sizes: tgmm(x.swapaxes(0, 1), dy, sizes, **tile),
   }[direction]
   return run, rows * inputs * outputs
 
@@ -110,7 +110,8 @@ def child(directory: str) -> None:
       print(json.dumps(job | {'error': f'{type(error).__name__}: {str(error)[:300]}'}), flush=True)
       continue
     blocks = max(
-      bundles.kernels(directory).values(), key=lambda blocks: max(block.matrix for block in blocks)
+      bundles.kernels(directory).values(),
+      key=lambda blocks: max((block.matrix for block in blocks), default=0),
     )
     body, chip = bundles.bodies(blocks)[0], hardware.lookup(kind)
     ideal = step * 2 / (chip.bfloat16 / chip.cores) * chip.clock
@@ -169,20 +170,25 @@ def main():
     ],
     rows,
   )
+  for found in results:
+    if 'error' in found:
+      said = ', '.join(str(found[name]) for name in fields)
+      print(f'does not compile: {said}: {found["error"]}')
   if options.write:
     write(results)
   commands.write_json(options.json, 'grouped_schedule', results)
 
 
 def write(results: list[dict]) -> None:
-  """The smallest share of each kernel and kind of TPU."""
+  """The smallest share of each kernel, of the kinds of TPU that were asked for."""
   table = json.loads(tuning.GROUPED.read_text()) if tuning.GROUPED.exists() else {'shares': {}}
   table['made with'] = {name: commands.machine()[name] for name in ('jax', 'libtpu')}
+  shares: dict[str, dict[str, float]] = {}
   for found in results:
     if found['backend'] == BACKENDS[0] and 'share' in found:
-      cells = table['shares'].setdefault(found['kind'], {})
-      name = KERNELS[found['direction']][0]
+      cells, name = shares.setdefault(found['kind'], {}), KERNELS[found['direction']][0]
       cells[name] = min(cells.get(name, 1.0), round(found['share'], 3))
+  table['shares'] |= shares
   files.replace(tuning.GROUPED, json.dumps(table, indent=1))
 
 
