@@ -189,7 +189,7 @@ def write(results: list[dict]) -> None:
       cells, name = shares.setdefault(found['kind'], {}), KERNELS[found['direction']][0]
       cells[name] = min(cells.get(name, 1.0), round(found['share'], 3))
   table['shares'] |= shares
-  files.replace(tuning.GROUPED, json.dumps(table, indent=1))
+  files.replace(tuning.GROUPED, json.dumps(table, indent=1) + '\n')
 
 
 if __name__ == '__main__':
