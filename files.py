@@ -42,6 +42,11 @@ def remote(path: str | os.PathLike) -> bool:
   return re.match('(s3|gs):/', str(path)) is not None
 
 
+def of_hub(path: str | os.PathLike) -> bool:
+  """Whether it is the address of something on Hugging Face's hub."""
+  return str(path).startswith('hf:/')
+
+
 def place(path: str | os.PathLike) -> pathlib.Path:
   """A path, or, of a bucket's address, what stands for one (remote/address.py). Raises ValueError
   for an address of another kind, which would be taken for a directory of that name.
@@ -53,7 +58,11 @@ def place(path: str | os.PathLike) -> pathlib.Path:
 
 
 def here(path: str | os.PathLike) -> pathlib.Path:
-  """A path, for who reads files only: of a bucket's address, of a copy on this machine."""
+  """A path, for who reads files only: of a bucket's or the hub's address, of a copy on this
+  machine.
+  """
+  if of_hub(path):
+    return names.imported('remote.hub.here')(str(path))
   return names.imported('remote.local.here')(place(path)) if remote(path) else place(path)
 
 
@@ -79,12 +88,21 @@ def remove(path: pathlib.Path) -> None:
   path.remove() if remote(path) else shutil.rmtree(path)
 
 
-def check_local(what: str, path: str | os.PathLike, buckets: bool = False) -> None:
+def check_local(
+  what: str, path: str | os.PathLike, buckets: bool = False, hub: bool = False
+) -> None:
   """Raises ValueError for the address of something that is reached otherwise than through the file
-  system, which would be taken for a directory of that name; buckets: but for a bucket's.
+  system, which would be taken for a directory of that name; buckets: but for a bucket's, hub: but
+  for one of Hugging Face's.
   """
   scheme = re.match(r'([a-z][a-z0-9+.-]*):/', str(path))
-  if scheme and not (buckets and scheme[1] in ('s3', 'gs', 'file')):
+  if scheme and scheme[1] == 'hf' and not hub:
+    raise ValueError(
+      f'{what}={path} is an address of the hub, of which data.sources, data.tokenizer.path and '
+      f'convert.py import read; python convert.py import --from={path} --workdir=RUN makes a run '
+      'of a model there: give that'
+    )
+  if scheme and not (hub and scheme[1] == 'hf' or buckets and scheme[1] in ('s3', 'gs', 'file')):
     where = 'on file systems and in buckets (s3, gs)' if buckets else 'on file systems'
     raise ValueError(
       f'{what}={path} is an address ({scheme[1]}), and files are read and written {where} here; '

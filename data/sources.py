@@ -87,6 +87,8 @@ def found(pattern: str) -> list[str]:
   """The files that a glob matches."""
   if files.remote(pattern):
     return [str(place) for place in files.place(pattern).matching()]
+  if files.of_hub(pattern):
+    pattern = names.imported('remote.hub.pattern')(pattern)
   return [path for path in set(_matches(os.path.expanduser(pattern))) if os.path.isfile(path)]
 
 

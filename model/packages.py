@@ -8,6 +8,8 @@ import importlib.util
 import pathlib
 import re
 
+from remote import hub
+
 
 @dataclasses.dataclass(frozen=True)
 class Packaged:
@@ -53,51 +55,32 @@ def path(name: str) -> pathlib.Path:
   return file
 
 
-# What an import reads of a repository on the hub: of its first level only, since some keep the same
-# weights again in other forms below.
-WANTED = (
-  '*.json',
-  'model*.safetensors',
-  'chat_template.jinja',
-  'tokenizer.model',
-  'spiece.model',
-  'sentencepiece*.model',
-)
+# What an import reads of a repository on the hub.
+WANTED = (*hub.SMALL, 'model*.safetensors')
 _HUB = re.compile(r'([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?')
 
 
 def is_hub_name(name: str) -> bool:
-  """Whether a name, of which nothing is here, is one of the hub: org/name or org/name@revision."""
+  """Whether a name, of which nothing is here, is one of the hub: org/name or org/name@revision,
+  with or without hf:// before it.
+  """
+  if name.startswith('hf:/'):
+    return True
   return bool(_HUB.fullmatch(name)) and not pathlib.Path(name).parent.is_dir()
 
 
 def from_hub(name: str) -> pathlib.Path:
-  """The directory where huggingface_hub keeps a repository, brought there if it was not.
+  """The directory where huggingface_hub keeps a model, brought there if it was not.
 
-  name: see `is_hub_name`.
-  Raises FileNotFoundError, with what to do instead, where it cannot be had.
+  name: see `is_hub_name`. Raises as hub.brought.
   """
-  repository, revision = _HUB.fullmatch(name).groups()
+  if name.startswith('hf:/'):
+    of = hub.named(name)
+    if of.kind != 'model' or of.path:
+      raise ValueError(f'{name} names no model; give hf://ORG/NAME or hf://ORG/NAME@REVISION')
+  else:
+    of = hub.Named('model', *_HUB.fullmatch(name).groups(), path='')
   remedy = (
     "bring config.json, *.safetensors and the tokenizer's files into a directory, and give it"
   )
-  # Not imported with this module: it takes half a second, and only who names the hub needs it.
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise FileNotFoundError(
-      f'{name} is no directory here, and huggingface_hub, which would bring it, is not installed: '
-      f'pip install huggingface_hub, or {remedy}'
-    ) from error
-  try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        repository, revision=revision, allow_patterns=[*WANTED], ignore_patterns=['*/*']
-      )
-    )
-  except Exception as error:  # of the network, of the hub, of a cache: each library has its own
-    reason = next(iter(str(error).splitlines()), '')
-    raise FileNotFoundError(
-      f'{name} is no directory here, and did not come from the hub '
-      f'({type(error).__name__}: {reason}); {remedy}'
-    ) from error
+  return hub.brought(of, WANTED, remedy)

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import re
+import types
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +36,11 @@ def of(scheme: str, first: bool = False):
     kept.retries = 1  # those of botocore have a backoff, and know what is worth another try
     return kept
   # Not fsspec's choice, which asks a second service of what kind each bucket is.
-  return importlib.import_module('gcsfs.core').GCSFileSystem(timeout=READ_SECONDS, **plain)
+  kept = importlib.import_module('gcsfs.core').GCSFileSystem(timeout=READ_SECONDS, **plain)
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it prints the trace of what it raises
+  if first:  # its five more tries, which it has no setting for, take half a minute
+    kept._request = types.MethodType(kept._request.__wrapped__, kept)
+  return kept
 
 
 def forget() -> None:
@@ -63,16 +69,16 @@ def answering(place, first: bool = False, writing: bool = False) -> Iterator[Any
 
 
 def _unanswered(place, error: Exception) -> OSError | ValueError:
-  name, said = type(error).__name__, ' '.join(str(error).split())[:300]
+  name, said = type(error).__name__, ' '.join(str(error).split())
   if 'pip install' in said:
     return ValueError(said)
   remedy = f'does {_endpoint(place.scheme)} answer, and may this machine ask it?'
   kind: type[OSError] = OSError
   if isinstance(error, PermissionError) or re.search(
-    r'Credential|Forbidden|Denied|\b40[13]\b', f'{name} {said}'
+    r'Credential|Forbidden|(?i:denied)|\b40[13]\b', f'{name} {said}'
   ):
     kind, remedy = PermissionError, _CREDENTIALS[place.scheme]
-  return kind(f'{place}: {name}: {said}; {remedy}')
+  return kind(f'{place}: {name}: {said[:300]}; {remedy}')
 
 
 _CREDENTIALS = {

@@ -63,9 +63,9 @@ def problems(schema: dict, value, path: str = '') -> list[str]:
   return found
 
 
-@pytest.fixture
-def jobset() -> dict:
-  return yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())
+@pytest.fixture(params=['jobset.yaml', 'jobset_bucket.yaml'])
+def jobset(request) -> dict:
+  return yaml.safe_load((LAUNCH / request.param).read_text())
 
 
 @pytest.fixture(scope='module')
@@ -141,9 +141,16 @@ def test_the_jobsets_numbers_fit_together(jobset, monkeypatch):
   sizes = config.mesh.resolve(slices * chips)
   assert sizes['data'] % slices == 0
   config.check_mesh(sizes)
-  mounted = container['volumeMounts'][0]['mountPath'] + '/'
-  assert all(f'={mounted}' in argument for argument in arguments if 'dir=' in argument), (
-    'what has to be shared is on the volume'
+  volumes = {volume['name']: volume for volume in job['template']['spec']['volumes']}
+  (mount,) = container['volumeMounts']
+  if 'persistentVolumeClaim' in volumes[mount['name']]:
+    shared = mount['mountPath'] + '/'
+  else:
+    shared = 'gs://BUCKET/'
+    assert {'name': 'TANDEM_CACHE', 'value': mount['mountPath']} in container['env']
+    assert 'ephemeral-storage' in container['resources']['requests']
+  assert all(f'={shared}' in argument for argument in arguments if 'dir=' in argument), (
+    'what has to be shared is where all pods see it'
   )
 
 

