@@ -4,6 +4,7 @@ hf://ORG/NAME[@REVISION]                        a model
 hf://datasets/ORG/NAME[@REVISION]/PATTERN       files of a dataset
 """
 
+import glob
 import pathlib
 import re
 from collections.abc import Sequence
@@ -51,9 +52,8 @@ def pattern(address: str) -> str:
     )
   # There '*' crosses directories, and '**/' needs one.
   wanted = [of.path.replace('**/', '')]
-  return (
-    f'{brought(of, wanted, remedy="bring the files into a directory, and give that")}/{of.path}'
-  )
+  directory = brought(of, wanted, remedy='bring the files into a directory, and give that')
+  return f'{glob.escape(str(directory))}/{of.path}'
 
 
 def here(address: str) -> pathlib.Path:
