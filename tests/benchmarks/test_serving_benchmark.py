@@ -42,9 +42,16 @@ def test_a_closed_loop_has_so_many_at_a_time_and_arrivals_wait_for_nobody():
   requests = [('p', i + 1) for i in range(12)]
   streams = asyncio.run(serving_load.closed(ask, requests, 3))
   assert most == 3 and sorted(each.tokens for each in streams) == [*range(1, 13)]
-  most = 0
-  streams = asyncio.run(serving_load.poisson(ask, requests, 1e6, 0))
-  assert most == 12 and len(streams) == 12
+
+  async def arrivals():
+    all_are_here = asyncio.Barrier(12)  # where one waited for another's answer, none would end
+
+    async def meet(prompt, new, stream):
+      await all_are_here.wait()
+
+    return await asyncio.wait_for(serving_load.poisson(meet, requests, 1e6, 0), 60)
+
+  assert len(asyncio.run(arrivals())) == 12
 
 
 def test_requests_are_the_same_for_all_and_within_what_was_asked_for():

@@ -140,7 +140,7 @@ def test_a_step_is_the_absolute_step(source, one_device, objective, model):
   before = jax.tree.map(jnp.copy, run.state.models)
   hand = functools.partial(by_hand, margins=objective.margins, centring=objective.centring)
   loss, gradient = jax.jit(jax.value_and_grad(hand))(before)
-  rewards = rewards_by_hand(before)
+  rewards = jax.jit(rewards_by_hand)(before)
   batch = batch_of(made)
   assert objective.packing == 'alone' or batch.segments.max() > 2
   metrics, _ = run.go([batch])
