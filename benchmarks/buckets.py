@@ -39,7 +39,7 @@ LEAVES = 8
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class State:
+class SavedState:
   """As much of a training state as a checkpoint asks for."""
 
   models: dict
@@ -97,12 +97,12 @@ def _answers(url: str) -> None:
       time.sleep(0.1)
 
 
-def state(megabytes: int, seed: int = 0) -> State:
+def state(megabytes: int, seed: int = 0) -> SavedState:
   """Random numbers, which no compressor makes smaller."""
   draw = np.random.default_rng(seed)
   shape = (megabytes // LEAVES, MEBIBYTE // 4)
   leaves = {f'x{i}': draw.random(shape, np.float32) for i in range(LEAVES)}
-  return State({'policy': jax.device_put(leaves)})
+  return SavedState({'policy': jax.device_put(leaves)})
 
 
 def checkpoints(place, megabytes: int) -> dict[str, float]:
