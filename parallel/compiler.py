@@ -85,7 +85,10 @@ GENERATIONS = {
 SPARSE = ('v5p', 'v6e', 'tpu7x')
 # The best table by the compiler's schedule (docs/plans.md); of a generation and a kind of mesh that
 # are not here, none: what was not tried is left as it comes.
-BEST: dict[tuple[str, str], str] = {('v6e', 'fsdp'): 'offloaded'}
+BEST: dict[tuple[str, str], str] = {
+  ('v5p', 'fsdp'): 'offloaded',
+  ('v6e', 'fsdp'): 'offloaded',
+}
 
 
 class ChosenOptions(NamedTuple):
