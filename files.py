@@ -37,6 +37,10 @@ def replace(path: str | os.PathLike, data: bytes | str) -> None:
     raise
 
 
+class BucketError(OSError):
+  """What a bucket refuses, or does not answer: nothing that is wrong with what lies there."""
+
+
 def remote(path: str | os.PathLike) -> bool:
   """Whether it is the address of something in a bucket."""
   return re.match('(s3|gs):/', str(path)) is not None

@@ -4,13 +4,12 @@
 
 Checkpoints are saved and restored, and text is read, on this disk and in a bucket of an emulator of
 S3's protocol (moto) and one of Cloud Storage's (fake-gcs-server), both processes of this machine:
-what they can do is measured with fsspec's plain client on the same bytes, in the same run. The
+what they can do is measured with fsspec's plain client on as many bytes, in the same run. The
 loader's appetite is of prepared data that lies in a bucket (benchmarks.data).
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import socket
@@ -45,6 +44,20 @@ class SavedState:
   models: dict
 
 
+def reaching_s3(url: str) -> dict:
+  """The environment of who asks a server for S3."""
+  return {
+    'AWS_ENDPOINT_URL': url,
+    'AWS_ACCESS_KEY_ID': 'key',
+    'AWS_SECRET_ACCESS_KEY': 'secret',
+    'AWS_DEFAULT_REGION': 'us-east-1',
+  }
+
+
+def reaching_gs(url: str) -> dict:
+  return {'STORAGE_EMULATOR_HOST': url, 'TENSORSTORE_GCS_HTTP_URL': url}
+
+
 @contextlib.contextmanager
 def serving_s3() -> Iterator[dict]:
   """The environment that reaches an empty server."""
@@ -59,12 +72,7 @@ def serving_s3() -> Iterator[dict]:
   url = f'http://127.0.0.1:{port}'
   try:
     _answers(url)
-    yield {
-      'AWS_ENDPOINT_URL': url,
-      'AWS_ACCESS_KEY_ID': 'key',
-      'AWS_SECRET_ACCESS_KEY': 'secret',
-      'AWS_DEFAULT_REGION': 'us-east-1',
-    }
+    yield reaching_s3(url)
   finally:
     server.terminate()
     server.wait()
@@ -78,7 +86,7 @@ def serving_gs() -> Iterator[dict]:
   with FakeGCSServer() as server:
     # It writes a line of each request to a pipe, and waits once that is full.
     threading.Thread(target=lambda: [*server._process.stderr], daemon=True).start()
-    yield {'STORAGE_EMULATOR_HOST': server.url, 'TENSORSTORE_GCS_HTTP_URL': server.url}
+    yield reaching_gs(server.url)
 
 
 SERVERS = {'s3': serving_s3, 'gs': serving_gs}
@@ -205,7 +213,7 @@ def main() -> None:
   if arguments.megabytes < LEAVES:
     parser.error(f'--megabytes={arguments.megabytes}: {LEAVES} at least')
   show(rates := measured(arguments.megabytes))
-  commands.write_json(arguments.json, 'buckets', json.loads(json.dumps(rates)))
+  commands.write_json(arguments.json, 'buckets', rates)
 
 
 if __name__ == '__main__':

@@ -180,14 +180,14 @@ def of_file(
   span: Span | None = None,
 ) -> Iterator[str]:
   """The texts of one file, or of a span of one whose lines are records; updates `problems`, and
-  `keys` by those of records without a text. Raises OSError where the disk fails.
+  `keys` by those of records without a text. Raises OSError where the disk or the bucket fails.
   """
   try:
     yield from _texts(source, path, problems, keys, span)
   except UnicodeDecodeError:
     problems.add('undecodable', path)
   except compressed.damaged() as error:
-    if getattr(error, 'errno', None) in OF_DISKS:
+    if isinstance(error, files.BucketError) or getattr(error, 'errno', None) in OF_DISKS:
       raise
     problems.add('unreadable', path)
 

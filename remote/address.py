@@ -24,7 +24,7 @@ from remote.system import answering, listed
 
 PART_BYTES = 2**18  # what a line more writes anew, at most
 BLOCK_BYTES = 2**23  # read ahead of a stream
-LINES_BYTES = 2**20  # of those, where lines are looked for, which fsspec does thirty times slower
+LINES_BYTES = 2**20  # of those, where lines are looked for, which fsspec does ten times slower
 GROWING = '.jsonl'  # what the name of a file that grows ends in: of others, no parts are looked for
 _ADDRESS = re.compile(r'(s3|gs)://?([^/]+)/*(.*)', re.DOTALL)
 
@@ -175,8 +175,8 @@ class Address:
   def stream(self) -> BinaryIO:
     """The object from its beginning, by ranges and ahead: BLOCK_BYTES are in memory."""
     with answering(self) as system:
-      raw = system.open(self.path, 'rb', block_size=BLOCK_BYTES, cache_type='readahead')
-    return io.BufferedReader(raw, LINES_BYTES)
+      file = system.open(self.path, 'rb', block_size=BLOCK_BYTES, cache_type='readahead')
+    return io.BufferedReader(_Answered(self, file), LINES_BYTES)
 
   def read_text(self, encoding: str = 'utf-8') -> str:
     return self.read_bytes().decode(encoding)
@@ -306,6 +306,35 @@ class Growing(io.RawIOBase):
   def close(self) -> None:
     if not self.closed:
       self.flush()
+    super().close()
+
+
+class _Answered(io.RawIOBase):
+  """A file of fsspec's; what the bucket refuses while it is read comes as from `answering`."""
+
+  def __init__(self, place: Address, file: BinaryIO):
+    super().__init__()
+    self._place, self._file = place, file
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    with answering(self._place):
+      return self._file.readinto(buffer)
+
+  def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    return self._file.seek(offset, whence)
+
+  def tell(self) -> int:
+    return self._file.tell()
+
+  def close(self) -> None:
+    if not self.closed:
+      self._file.close()
     super().close()
 
 

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import files
+
 # Scheme -> (what fsspec needs, the extra that brings it).
 DRIVERS = {'s3': ('s3fs', 's3'), 'gs': ('gcsfs', 'gcs')}
 RETRIES, CONNECT_SECONDS, READ_SECONDS = 6, 5, 30  # of a request
@@ -68,16 +70,20 @@ def answering(place, first: bool = False, writing: bool = False) -> Iterator[Any
     raise _unanswered(place, error) from error
 
 
+class _Refused(files.BucketError, PermissionError):
+  pass
+
+
 def _unanswered(place, error: Exception) -> OSError | ValueError:
   name, said = type(error).__name__, ' '.join(str(error).split())
   if 'pip install' in said:
     return ValueError(said)
   remedy = f'does {_endpoint(place.scheme)} answer, and may this machine ask it?'
-  kind: type[OSError] = OSError
+  kind: type[OSError] = files.BucketError
   if isinstance(error, PermissionError) or re.search(
     r'Credential|Forbidden|(?i:denied)|\b40[13]\b', f'{name} {said}'
   ):
-    kind, remedy = PermissionError, _CREDENTIALS[place.scheme]
+    kind, remedy = _Refused, _CREDENTIALS[place.scheme]
   return kind(f'{place}: {name}: {said[:300]}; {remedy}')
 
 

@@ -144,14 +144,7 @@ def bucket(request, servers, monkeypatch, tmp_path):
 
 
 def _reach_s3(monkeypatch, url: str) -> None:
-  settings = {
-    'AWS_ENDPOINT_URL': url,
-    'AWS_ACCESS_KEY_ID': 'key',
-    'AWS_SECRET_ACCESS_KEY': 'secret',
-    'AWS_DEFAULT_REGION': 'us-east-1',
-    'AWS_CONFIG_FILE': os.devnull,
-  }
-  for name, value in settings.items():
+  for name, value in (buckets.reaching_s3(url) | {'AWS_CONFIG_FILE': os.devnull}).items():
     monkeypatch.setenv(name, value)
   pause = 'botocore.retries.standard.ExponentialBackoff.delay_amount'
   monkeypatch.setattr(pause, lambda self, context: 0.0)
@@ -159,8 +152,8 @@ def _reach_s3(monkeypatch, url: str) -> None:
 
 
 def _reach_gs(monkeypatch, url: str) -> None:
-  monkeypatch.setenv('STORAGE_EMULATOR_HOST', url)
-  monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
+  for name, value in buckets.reaching_gs(url).items():
+    monkeypatch.setenv(name, value)
 
 
 SETTINGS = {'s3': _reach_s3, 'gs': _reach_gs}

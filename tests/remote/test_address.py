@@ -1,11 +1,15 @@
 """Does a bucket answer as a directory does, and what it cannot do, by name?"""
 
+import gzip
+import json
 import pathlib
 import random
 
 import pytest
 
 import files
+from data import sources
+from data.config import SourceConfig
 from remote import address, lease, system
 from tests.remote.conftest import BOTH, Proxy
 
@@ -223,6 +227,24 @@ def test_a_request_that_fails_is_made_again(bucket, proxy: Proxy, monkeypatch, a
   for i in range(3):
     files.replace(bucket / f'{i}', b'%d' % i * 1000)
     assert (bucket / f'{i}').read_bytes() == b'%d' % i * 1000
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz'])
+def test_a_bucket_that_fails_is_no_damaged_file(bucket, proxy: Proxy, name):
+  """Whose documents would be left out, and the corpus kept as if it were whole."""
+  place = bucket / name
+  content = json.dumps({'text': 'one'}).encode()
+  files.replace(place, gzip.compress(content) if name.endswith('.gz') else content)
+  source = SourceConfig(kind='jsonl', path=str(place), text_field='text')
+  assert [*sources.of_file(source, str(place), sources.Problems(), {})] == ['one']
+  proxy.faults = lambda method, path: 503 if method == 'GET' and name in path else None
+  problems = sources.Problems()
+  with pytest.raises(files.BucketError, match=f'{place}: .*; does http'):
+    [*sources.of_file(source, str(place), problems, {})]
+  assert not problems
+  proxy.faults = lambda method, path: None
+  files.replace(place, b'no archive and no record')
+  assert [*sources.of_file(source, str(place), problems, {})] == [] and problems.total() == 1
 
 
 @pytest.mark.slow
