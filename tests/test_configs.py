@@ -43,20 +43,6 @@ DECLARED = {
   path: module_of(path).TOPOLOGY for path in FILES if hasattr(module_of(path), 'TOPOLOGY')
 }
 
-# What the compiler works on for more than a minute.
-LONG = (
-  'deepseek_v3',
-  'gemma3_27b',
-  'llama3_70b',
-  'llama3_8b',
-  'mixtral_8x7b',
-  'qwen3_30b_a3b',
-  'qwen3_8b',
-)
-BY_TIME = [
-  pytest.param(path, marks=pytest.mark.long) if path.stem in LONG else path for path in DECLARED
-]
-
 
 def load(path: pathlib.Path) -> Config:
   module = module_of(path)
@@ -118,6 +104,7 @@ def test_there_are_configs():
   assert ROOT / 'configs' / 'tiny.py' in FILES
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'path', [path for path in FILES if path not in DECLARED], ids=lambda path: path.stem
 )
@@ -191,8 +178,10 @@ def test_nothing_large_is_replicated_on_the_declared_topology(path):
   )
 
 
+# The compiler works on each for a minute and more.
 @pytest.mark.slow
-@pytest.mark.parametrize('path', BY_TIME, ids=lambda path: path.stem)
+@pytest.mark.long
+@pytest.mark.parametrize('path', DECLARED, ids=lambda path: path.stem)
 def test_it_compiles_for_the_declared_topology_and_fits(path):
   try:
     devices = aot.topology(DECLARED[path])

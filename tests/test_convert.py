@@ -70,6 +70,7 @@ def test_all_end_ids_of_a_checkpoint_end_a_text(imported):
   assert (after >= 0).any() and (after[0] < 0).all() and (after == after[:, :1]).all()
 
 
+@pytest.mark.slow
 def test_end_ids_go_wherever_the_model_goes_and_out_again(imported, tmp_path):
   import train
 

@@ -175,6 +175,7 @@ def written(config) -> set[str]:
   return {*lowered.out_info[1], *verdict}
 
 
+@pytest.mark.slow
 def test_every_key_of_a_line_is_in_the_table():
   experts = MoEConfig(experts=4, balance_loss=0.01)
   half = dataclasses.replace(tiny().model.execution, dtype='float16')

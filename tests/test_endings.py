@@ -310,6 +310,7 @@ def test_a_config_file_that_fails_is_said_with_its_line(tmp_path, monkeypatch, t
     values(sys.argv)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'command, said',
   [
@@ -337,6 +338,7 @@ def test_addresses_in_a_config_are_refused(tmp_path):
   assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('value, said', [('1', True), ('true', True), ('0', False)])
 @pytest.mark.parametrize('imported', [True, False], ids=['before', 'after'])
 def test_numbers_of_64_bits_are_not_heeded(value, said, imported):

@@ -83,6 +83,7 @@ def test_a_run_says_how_well_it_classifies(tuned):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_head_is_judged_beside_what_is_asked(tuned):
   """Of the same records, with the same metrics, from the command's own flags; and not with
   examples, nor of a run that has none.

@@ -81,6 +81,7 @@ def test_a_module_that_has_its_name_already_is_named(installed, tmp_path):
   assert "tandem needs the name 'data' for a module of its own, and /there/data.py" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('command', ['train', 'convert'])
 def test_commands_are_installed(installed, tmp_path, command):
   entries = next(installed.glob('*.dist-info/entry_points.txt')).read_text()

@@ -655,6 +655,7 @@ def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
   assert not written['fits'] and written['nearest']['fits']
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'flags, words',
   [

@@ -1,5 +1,6 @@
-"""Which cases of the slow tests does CI run? Of each test the first and the last: of a product
-these differ in everything that it is a product of. `make test-all` runs the others, too.
+"""Which cases of costly tests run where? Of a slow test CI runs the first case and the last: of a
+product these differ in everything that it is a product of. Of a test marked `costly` the first
+is fast, and the last slow. `make test-all` runs the others, too.
 """
 
 from collections.abc import Iterable
@@ -8,11 +9,28 @@ import pytest
 
 
 def rest_long(items: Iterable[pytest.Item]) -> None:
-  """Marks the cases between the first and the last one of every slow test as `long`."""
-  cases: dict[str, list[pytest.Item]] = {}
+  """Marks the last case of every costly test as slow, and the cases between the first and the last
+  one of every costly or slow test as `long`.
+  """
+  costly: dict[str, list[pytest.Item]] = {}
+  slow: dict[str, list[pytest.Item]] = {}
   for item in items:
-    if item.get_closest_marker('slow') and not item.get_closest_marker('long'):
-      cases.setdefault(item.nodeid.partition('[')[0], []).append(item)
-  for of_one_test in cases.values():
-    for item in of_one_test[1:-1]:
-      item.add_marker('long')
+    test = item.nodeid.partition('[')[0]
+    if item.get_closest_marker('long'):
+      continue
+    if item.get_closest_marker('slow'):
+      slow.setdefault(test, []).append(item)
+    elif item.get_closest_marker('costly'):
+      costly.setdefault(test, []).append(item)
+
+  for cases in slow.values():
+    mark(cases[1:-1], 'long')
+  for cases in costly.values():
+    mark(cases[1:], 'slow')
+    mark(cases[1:-1], 'long')
+
+
+def mark(items: Iterable[pytest.Item], name: str) -> None:
+  """Adds a marker to all of them."""
+  for item in items:
+    item.add_marker(name)

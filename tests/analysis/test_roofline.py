@@ -51,6 +51,7 @@ def test_a_large_product_comes_close_to_the_peak(topology, name):
   assert 0.75 < found.roofline['compute'] / found.seconds < 1.0
 
 
+@pytest.mark.slow
 def test_a_step_adds_up_and_keeps_above_its_roofline(tpu_step):
   found = roofline.predict(tpu_step.text, tpu_step.mesh, tpu_step.chip)
   assert found.seconds == pytest.approx(

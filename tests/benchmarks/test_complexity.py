@@ -74,6 +74,7 @@ def test_calls_are_those_of_the_policy(points):
   }
 
 
+@pytest.mark.slow
 def test_operations_are_the_models(points):
   """A generated token reads the whole buffer: 128 keys where the formula
   of a causal mask says 64.5.
@@ -187,6 +188,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_tpus_points_are_predicted(topology):
   config = complexity.config_of('T', 512, 'tpu')
   point = complexity.measure(

@@ -47,6 +47,7 @@ def test_the_tables_of_a_toy(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_policies_keep(monkeypatch):
   monkeypatch.setattr(
     train_cpu,

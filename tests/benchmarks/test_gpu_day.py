@@ -153,6 +153,7 @@ def test_without_a_gpu_it_says_so():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'only', ['environment,masks,decode_1b,grouped_matmul', pytest.param('', marks=pytest.mark.long)]
 )

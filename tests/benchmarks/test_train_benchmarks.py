@@ -28,6 +28,7 @@ def run(*flags, module='benchmarks.train_gpu'):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rehearsal_runs_all_of_it(tmp_path):
   done = run('--rehearse', '--quick', '--steps=1', f'--json={tmp_path / "found.json"}')
   assert done.returncode == 0, done.stdout + done.stderr

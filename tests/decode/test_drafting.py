@@ -86,6 +86,7 @@ def test_a_model_that_drafts_for_itself_is_right(generator, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_draws_are_scored_and_streamed_as_they_are(generator, other):
   """Log-probabilities are the model's by the training forward pass, and,
   where no option changes the law, those of the draws.
@@ -172,6 +173,7 @@ def test_a_call_of_one_chunk_is_judged_before_it_ends(generator, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rows_that_draw_stop_drafting_by_themselves(generator):
   # As many bytes as the model has: all drafts would have to be kept.
   costly = generator_of(MODEL, 9)

@@ -167,9 +167,8 @@ FAST = [('llama', 'float32'), ('windows', 'bfloat16')]
 REST = [('bytes', 'bfloat16'), ('experts', 'float32'), ('latent', 'bfloat16')]
 
 
-@pytest.mark.parametrize(
-  'name, dtype', [*FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
-)
+@pytest.mark.costly
+@pytest.mark.parametrize('name, dtype', FAST + REST)
 def test_a_requests_bytes_do_not_depend_on_company(name, dtype):
   check_company(engine_of(name, dtype), model_of(name, dtype))
 
@@ -197,6 +196,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(name):
     np.testing.assert_allclose(raw, law.max(1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_writes_what_a_generator_writes():
   tokenizer = ByteTokenizer()
   model = model_of('llama')

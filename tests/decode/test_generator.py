@@ -187,6 +187,7 @@ def test_wrong_directories_raise(tmp_path):
     Generator.load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('table', [MODEL.V, MODEL.V + 61])
 def test_log_probabilities_are_those_of_the_training_forward(generator, table):
   """Also with a table of more ids than there are,, whose share of the law is nobody's."""

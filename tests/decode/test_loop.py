@@ -174,6 +174,7 @@ def test_a_row_stops_at_its_length(model):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rows', [1, 3])
 def test_the_cache_is_rewritten_in_place(model, rows):
   model = jax.jit(generating_model)(model)

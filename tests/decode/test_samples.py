@@ -105,6 +105,7 @@ def counted(monkeypatch):
   return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('samples', [1, 8])
 def test_a_prompt_is_read_once_however_many_samples_there_are(generator, monkeypatch, samples):
   calls = counted(monkeypatch)

@@ -507,6 +507,7 @@ def everything(logits, sampling, tokens, lengths, allowed, positions):
   )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'axis_type', [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto], ids=str
 )

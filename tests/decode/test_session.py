@@ -28,6 +28,7 @@ def assert_scores_are_of_its_ids(session):
   )
 
 
+@pytest.mark.slow
 def test_turns_are_one_text(generator):
   session = generator.session().append('def f(')
   first = session(max_new_tokens=5, temperature=0.0)

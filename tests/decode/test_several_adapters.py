@@ -201,6 +201,7 @@ def test_other_values_compile_nothing():
   assert came[0] != empty[0]
 
 
+@pytest.mark.slow
 def test_samples_share_a_reading_and_adapters_do_not():
   engine = engine_of()
   engine.reset()
@@ -315,6 +316,7 @@ def thin(axes_of, shape, inputs, rank, many, seed):
   )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('stored', ['plain', 'int8'])
 @pytest.mark.parametrize('many', [2, 5])
 def test_products_are_what_the_formula_says(many, stored):

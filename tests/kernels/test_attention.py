@@ -127,6 +127,7 @@ BLOCKED = [
 LENGTHS = [10, 8, 3, 9]  # of queries, in blocks of 4
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('index', range(len(BLOCKED)), ids=[str(case) for case in BLOCKED])
 def test_blocked_is_the_reference(index, monkeypatch):
   monkeypatch.setattr(dispatch, 'BLOCK', 4)
@@ -138,6 +139,7 @@ def test_blocked_is_the_reference(index, monkeypatch):
     check_backend('blocked', q, k, v, sink if sinks else None, mask, 1e-12, softcap, scale)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'backend, parts, softcap, relative',
   [
@@ -276,6 +278,7 @@ XLA = list(
 )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('index', range(len(XLA)), ids=[str(case) for case in XLA])
 def test_xla_is_the_reference(index):
   name, segments, positions = XLA[index]

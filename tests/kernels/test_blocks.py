@@ -88,6 +88,7 @@ SLOW = ('gpu, fewer keys', 'gpu, wide')
 T = 450  # filled up to 512
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'case',
   [

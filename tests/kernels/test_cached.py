@@ -161,6 +161,7 @@ PLACES = {'slots': {}, 'window': {'window': WINDOW}, 'ring': {'window': WINDOW, 
 ONE, SEVERAL = BLOCK, 5 * BLOCK
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('place', PLACES)
 @pytest.mark.parametrize('slots', [ONE, SEVERAL])
 @pytest.mark.parametrize('dtype', TOLERANCE)
@@ -224,6 +225,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('sizes, kind', MESHES, ids=str)
 def test_devices_that_share_a_cache_are_one(sizes, kind):
   check(sizes, **{'slots': 4 * BLOCK} | kind)

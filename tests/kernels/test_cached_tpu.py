@@ -80,11 +80,13 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(cached_tpu, 'BLOCK', 32)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('T, window, softcap', itertools.product((1, 3), (0, 5, 40), (0.0, 2.0)))
 def test_the_kernel_is_the_loop(small_blocks, T, window, softcap):
   compare(T, 80, window, softcap, 0)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'how',
   [

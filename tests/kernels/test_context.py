@@ -186,6 +186,7 @@ CASES = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('strategy, sizes, features', CASES, ids=str)
 def test_devices_that_share_a_row_are_one(strategy, sizes, features):
   with jax.enable_x64(True):

@@ -198,6 +198,7 @@ def test_a_window_of_the_whole_row_is_no_window():
   assert {int(n) for n in re.findall(r'"sliding_window_length": ?(\d+)', text)} == {0}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'name',
   ['causal', 'full', 'window', 'a window as long as the row', 'other keys', 'one head for all'],

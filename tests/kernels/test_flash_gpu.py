@@ -170,6 +170,7 @@ def few_processors(monkeypatch):
   monkeypatch.setattr(flash_gpu, '_processors', lambda: 3)
 
 
+@pytest.mark.costly
 @interpreted
 @pytest.mark.parametrize('case', FAST)
 def test_it_is_attention(case, few_processors):

@@ -140,6 +140,7 @@ def check(case):
   assert_close(found, expected)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('case', FAST)
 def test_it_is_attention(case, small_steps):
   check(case)

@@ -43,6 +43,7 @@ def near(found, expected, tolerance):
   np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('case', CASES)
 def test_codes_multiply_as_their_numbers(case):
   """By each backend, in f32."""
@@ -62,6 +63,7 @@ def test_codes_multiply_as_their_numbers(case):
       near(found[n], expected[matrix], 4e-6)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('scheme', ['int4:group=64', 'int8:group=32:asymmetric', 'nf4:group=64'])
 @pytest.mark.parametrize('rows', [1, 5, 9])
 def test_no_matrix_of_numbers_lies_in_memory(scheme, rows):

@@ -62,6 +62,7 @@ def test_fewer_bits_are_near(name, dtype, bound):
   laws.check_appending(laws.make_config(name), bound, dtype, least=1e-4, calls=laws.CALLS[:6])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'name', [name if name in ('llama', 'gemma3', 'gpt-oss') else slow(name) for name in laws.CONFIGS]
 )

@@ -126,6 +126,7 @@ CASES = [  # 1, 2, 7 and 12 chunks of the 12 or 13 ids of 14 tokens
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('options, chunk', CASES, ids=str)
 @pytest.mark.parametrize('name', FUNCTIONS)
 def test_values_and_gradients_are_those_of_the_softmax(name, options, chunk):
@@ -201,6 +202,7 @@ def whole():
   return given, oracle(FUNCTIONS, given)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'sizes, kind',
   [

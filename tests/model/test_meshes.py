@@ -97,13 +97,14 @@ def test_another_backend_and_remat_split_too(expected):
   check(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), expected, config)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'strategy, remat, sizes',
   [
     ('ring', 'full', {'context': 4, 'tensor': 2}),
     ('ulysses_ring', 'none', {'fsdp': 2, 'context': 4}),
-    pytest.param('gather', 'none', {'fsdp': 2, 'context': 2}, marks=pytest.mark.slow),
-    pytest.param('ulysses', 'dots', {'context': 2, 'tensor': 2}, marks=pytest.mark.slow),
+    ('gather', 'none', {'fsdp': 2, 'context': 2}),
+    ('ulysses', 'dots', {'context': 2, 'tensor': 2}),
   ],
 )
 def test_rows_split_over_devices(strategy, remat, sizes, expected):

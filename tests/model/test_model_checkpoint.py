@@ -321,6 +321,7 @@ def write_tokenizer(directory):
   )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_run_and_a_checkpoint_again(tmp_path, capsys):
   """That such a run writes: tests/test_convert.py."""
   ours.build(LLAMA | {'vocab_size': 300}, tmp_path / 'hf')

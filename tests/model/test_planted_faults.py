@@ -143,6 +143,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_law_catches(fault, monkeypatch):
   where, name, replacement, law, config = FAULTS[fault]

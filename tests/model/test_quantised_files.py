@@ -226,6 +226,7 @@ def same(found, expected):
     np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('name', FORMS)
 def test_a_file_gives_the_numbers_of_its_codes(name, built):
   """Bit for bit, in any range of rows; and what a model keeps of it is said."""

@@ -51,6 +51,7 @@ def model_config(name='', **changes):
   return dataclasses.replace(config, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'pipeline, sizes, config',
   [
@@ -162,6 +163,7 @@ def test_parameters_are_born_split_over_stages():
       ), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, sizes',
   [

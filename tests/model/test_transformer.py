@@ -19,6 +19,7 @@ EXACT = [name for name in laws.CONFIGS if name != 'bfloat16']
 NO_CACHE_OF_THEIR_OWN = ('layer norm', 'no positions', 'mixtral')
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('name', EXACT)
 def test_logits_are_those_of_the_float64_forward(name, one_device):
   config = laws.make_config(name)
@@ -77,6 +78,7 @@ def test_segments(name):
   laws.check_segments(laws.make_config(name))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'name',
   [
@@ -123,6 +125,7 @@ def test_scan_is_a_loop(one_device):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('name', laws.CONFIGS)
 def test_the_abstract_model_is_the_model(name, one_device):
   config = laws.make_config(name)

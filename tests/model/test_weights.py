@@ -172,6 +172,7 @@ def test_other_compute_dtypes_round_once_more(dtype, monkeypatch):
   check_numbers(config, tolerance=0.05 if dtype == 'bfloat16' else 0.01)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('name', FAMILIES)
 def test_which_parameters_become_bytes_and_how_near_they_are(name):
   """All matrices but routers; numbers err by half a step,
@@ -266,6 +267,7 @@ def test_stages_gather_bytes_ahead(monkeypatch):
   assert distance(outputs[1], outputs[0]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('reduce, kind', [(False, Plain), (True, Gathered)])
 def test_gathered_ahead(reduce, kind):
   """Matrices whose shards were gathered ahead, plain ones and bytes, are the same model."""

@@ -216,6 +216,7 @@ def test_a_process_that_never_comes_is_named_by_all_others(runs, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_that_slurm_introduces_are_one_bit_for_bit(runs, tmp_path):
   """Two terms have one sum, in whatever order: no tolerance is needed."""
   one, two = tmp_path / 'one', tmp_path / 'two'
@@ -319,7 +320,9 @@ def test_a_signal_to_one_stops_all_after_the_same_step(runs, whole, tmp_path, nu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('lost, then', [(1, 2), (0, 2), (1, 1)])
+@pytest.mark.parametrize(
+  'lost, then', [*(pytest.param(lost, 2, marks=pytest.mark.long) for lost in (1, 0)), (1, 1)]
+)
 def test_a_lost_process_ends_the_others_and_the_run_goes_on(runs, whole, tmp_path, lost, then):
   group = Group(runs, tmp_path, 2, *LONG)
   group.until_step(9)
@@ -349,7 +352,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(runs, whole, tmp_pat
   'own, said',
   [
     (('--config.train.seed=1',), 'config and data of processes [1] are not those of process 0'),
-    (('--workdir=ELSEWHERE',), 'processes [1] do not see'),
+    pytest.param(('--workdir=ELSEWHERE',), 'processes [1] do not see', marks=pytest.mark.long),
   ],
   ids=['config', 'workdir'],
 )

@@ -57,6 +57,7 @@ def gradients(config):
   return named_leaves(jax.jit(jax.value_and_grad(loss))(model))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('kept', KEPT, ids=str)
 def test_every_policy_is_none(kept, one_device):
   expected = gradients(CONFIG)
@@ -69,6 +70,7 @@ def test_every_policy_is_none(kept, one_device):
     )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('n', (1, 3, 4, 7, 9))
 def test_groups_of_layers_are_a_scan_of_all(n):
   layers = {

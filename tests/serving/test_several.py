@@ -152,7 +152,8 @@ def _last(out: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('how', ['idle', pytest.param('asked', marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize('how', ['idle', 'asked'])
 def test_one_that_is_lost_ends_all_with_503(start, how):
   """Who asked just then is told so, and who asks next; also where nobody asks."""
   where = coordinator()

@@ -111,6 +111,7 @@ def test_pages_are_slots_bit_for_bit(model, sizes, moved):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'model, mesh',
   [

@@ -55,6 +55,7 @@ def logits(model):
   )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('adapter', [LORA, DORA, TABLES], ids=['lora', 'dora', 'with tables'])
 def test_a_fresh_adapter_changes_no_bit_of_lora_and_a_rounding_of_dora(one_device, adapter):
   run = Run(adapted(adapter))
@@ -68,6 +69,7 @@ def test_a_fresh_adapter_changes_no_bit_of_lora_and_a_rounding_of_dora(one_devic
   assert np.abs(with_it(awake(run.state.models)) - base).max() > 1e-2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('adapter', [LORA, DORA, TABLES], ids=['lora', 'dora', 'with tables'])
 def test_merged_is_applied_and_what_the_formula_says(one_device, adapter):
   run = Run(adapted(adapter))
@@ -126,14 +128,8 @@ def test_every_family_takes_one_and_merged_is_applied(one_device, family):
   assert np.abs(logits(put) - logits(base)).max() > 1e-2
 
 
-@pytest.mark.parametrize(
-  'adapter',
-  [
-    pytest.param(LORA, id='lora', marks=pytest.mark.slow),
-    pytest.param(DORA, id='dora', marks=pytest.mark.slow),
-    pytest.param(TABLES, id='with tables'),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('adapter', [LORA, DORA, TABLES], ids=['lora', 'dora', 'with tables'])
 def test_a_step_is_the_absolute_step_and_the_base_stays(one_device, adapter):
   """Parameters - rate * gradient of the loss of the merged model, by hand; frozen bits stay."""
   run, batch = Run(adapted(adapter)), make_batches(1)[0]

@@ -126,6 +126,7 @@ def mean(made, models, batch):
   return total / weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['decoder', 'pooled bert'])
 def test_packed_texts_are_what_each_is_alone(tmp_path, one_device, name):
   made = config(tmp_path, name, model={'layers': 1})

@@ -172,6 +172,7 @@ def test_records_are_calibrated_by_as_the_template_has_them(runs, tmp_path, caps
     convert.main([*command[:-1], f'{tmp_path}/chat'])
 
 
+@pytest.mark.slow
 def test_codes_that_are_damaged_are_not_read(runs, tmp_path):
   shutil.copytree(runs / 'codes', tmp_path / 'codes')
   place = tmp_path / 'codes/checkpoints'

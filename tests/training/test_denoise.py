@@ -134,6 +134,7 @@ def alone(name):
   return models, metrics
 
 
+@pytest.mark.slow
 @each
 def test_a_step_is_the_absolute_step(name, one_device):
   """Parameters - rate * gradient of the mean over what is scored, worked out by hand; all of them

@@ -117,6 +117,7 @@ def by_hand(policy, reference, batch):
   )
 
 
+@pytest.mark.slow
 def test_a_step_is_the_absolute_step(one_device):
   """Parameters - rate * gradient of the sum over terms of sum / weight, worked out by hand."""
   run, batch = Run(toy()), pairs()[0]

@@ -185,6 +185,7 @@ def test_adafactor_factors_heads_of_64():
   assert squares['up'].elements.shape == TALL['up'] and squares['norm'].elements.shape == (3, 160)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'name',
   [pytest.param(n, marks=[pytest.mark.slow] * (n == 'adam8bit')) for n in opt.OPTIMIZERS],
@@ -454,6 +455,7 @@ def sharded(params):
   }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('name', opt.OPTIMIZERS)
 def test_sharded_equals_one_device(name):
   used = ('embedding', 'q', 'norm')

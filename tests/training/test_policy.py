@@ -105,6 +105,7 @@ BOTH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', slow_but('grpo'))
 def test_a_step_is_the_absolute_step(one_device, variant):
   """Parameters - rate * gradient of the loss, worked out by hand."""
@@ -186,6 +187,7 @@ def test_the_first_step_of_a_rollout_is_at_ratio_1(one_device):
   np.testing.assert_allclose(metrics['entropy'], -batch.behaviour[counted].mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_metrics_by_hand(one_device):
   run, batch = Run(config(PENALISED)), batch_of()
   logs = logs_by_hand(run.state.models['policy'], batch, PENALISED.temperature)

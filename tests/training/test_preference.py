@@ -96,12 +96,10 @@ def by_hand(policy, reference, rows, objective):
   return losses.mean() - objective.sft * sums[0][::2].sum() / lengths[::2].sum()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'objective',
-  [
-    Preference(beta=0.7, sft=0.3),
-    pytest.param(Preference(variant='ipo', beta=0.7, packing='alone'), marks=pytest.mark.slow),
-  ],
+  [Preference(beta=0.7, sft=0.3), Preference(variant='ipo', beta=0.7, packing='alone')],
   ids=['sigmoid', 'ipo'],
 )
 def test_a_step_is_the_absolute_step(source, one_device, objective):

@@ -55,6 +55,7 @@ def edit(path, old: str, new: str):
   path.write_text(text.replace(old, new, 1))
 
 
+@pytest.mark.slow
 def test_a_digit_of_config_json_is_seen_and_the_command_that_is_named_seals_it(run, capsys):
   edit(run / configs.FILE, '"norm_epsilon": 1e-05', '"norm_epsilon": 1e-06')
   for opened in (open_run, configs.load, config_of):

@@ -70,6 +70,7 @@ def by_hand(model, weighting):
   return total / weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('packing, weighting', [('fit', 'token'), ('alone', 'example')])
 def test_a_step_is_the_absolute_step(source, one_device, packing, weighting):
   """Parameters - rate * gradient of the mean over answers, worked out by hand."""

@@ -344,6 +344,7 @@ def steps_logged(workdir):
   ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(straight, corpus, tmp_path, capsys):
   """Three starts, with more steps each; the second one is before its checkpoint's last lines of
   metrics.
