@@ -338,6 +338,7 @@ def plans() -> list:
   ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('line', plans(), ids=' '.join)
 def test_commands_of_planning_run(line, tmp_path, topology):
   """Of two layers; with all of them, docs/plans.md has what they say."""

@@ -32,6 +32,7 @@ def product(mesh, size):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'name',
   [
@@ -191,6 +192,7 @@ def attend(topology):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'name, kind, width, entry',
   [

@@ -29,6 +29,7 @@ def run(*flags):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rehearsal_runs_all_of_it(tmp_path):
   done = run('--rehearse', f'--json={tmp_path / "found.json"}')
   assert done.returncode == 0, done.stdout + done.stderr

@@ -149,6 +149,7 @@ def test_the_crossover_is_where_both_are_equal():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(
     complexity, 'WAYS', (BY_NAME['generation, cache'], BY_NAME['generation, no cache'])

@@ -60,6 +60,7 @@ def test_gptq_is_nearer_than_rounding(one_device):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'family, method',
   [

@@ -121,6 +121,7 @@ def test_constraints_hold_at_every_drafted_position(generator):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'sizes', [dict(data=2, tensor=2), pytest.param(dict(stage=2), marks=pytest.mark.slow)]
 )
@@ -148,6 +149,7 @@ def ticking(monkeypatch, with_drafts, without):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('kind', DRAFTS)
 @pytest.mark.parametrize('faster', ['drafts', 'none'])
 def test_the_clock_decides_and_changes_no_greedy_text(generator, other, monkeypatch, kind, faster):

@@ -59,6 +59,7 @@ def test_samples_of_several_prompts_are_rows_alone(generator, options):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('kind', ['window', 'encoder-decoder'])
 def test_samples_of_other_models_are_rows_alone(kind):
   generator = generator_of(KINDS[kind])
@@ -127,6 +128,7 @@ def test_a_search_reads_its_prompt_once_and_says_so(generator, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'sizes',
   [

@@ -370,6 +370,7 @@ def check_merged(generator, models, atol=1e-5):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('family', FAMILIES)
 def test_every_family_takes_several(family):
   models = models_of(family)
@@ -377,6 +378,7 @@ def test_every_family_takes_several(family):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   ['family', 'sizes'],
   [

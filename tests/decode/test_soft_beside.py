@@ -248,6 +248,7 @@ def test_searches_drafts_sessions_and_talks_have_them(generator):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('family', ['windows', 'encoder'])
 def test_families_take_them(family):
   models = models_of(family)

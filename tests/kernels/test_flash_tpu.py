@@ -385,6 +385,7 @@ LONG = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('case', LONG)
 def test_long_rows_compile(case):
   """Forward and backward, as the tables of their steps go to scalar memory in parts."""

@@ -190,7 +190,9 @@ def test_steps_equal_slow_adam():
 
 
 def train(transformation, steps=400):
-  """Final loss of a two-layer student of a random network whose inputs have very uneven scales."""
+  """The loss before each step [steps] of a two-layer student of a random network whose inputs have
+  very uneven scales.
+  """
   rng = np.random.default_rng(0)
   scales = 10.0 ** rng.uniform(-2, 0, (1, 32))
   x = jnp.asarray(rng.normal(size=(512, 32)) * scales, jnp.float32)
@@ -215,24 +217,29 @@ def train(transformation, steps=400):
 
   def step(carry, _):
     params, state = carry
-    updates, state = chain.update(jax.grad(loss)(params), state, params)
-    return (optax.apply_updates(params, updates), state), None
+    value, gradients = jax.value_and_grad(loss)(params)
+    updates, state = chain.update(gradients, state, params)
+    return (optax.apply_updates(params, updates), state), value
 
   params = init(rng)
-  (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))(
+  _, losses = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))(
     (params, chain.init(params))
   )
-  return float(loss(params))
+  return np.asarray(losses)
 
 
 @pytest.mark.slow
 def test_trains_like_adam(monkeypatch):
+  def mean(losses):
+    return np.exp(np.log(losses).mean())
+
   adam = train(optax.scale_by_adam(0.9, 0.95, 1e-8))
   ours = train(scale_by_adam8bit(0.9, 0.95, 1e-8, True))
-  print(f'loss of f32 Adam {adam:.6f}, 8-bit {ours:.6f}')
-  assert adam < 0.05 and ours < 1.05 * adam
+  print(f'loss of f32 Adam {adam[-1]:.6f}, 8-bit {ours[-1]:.6f}')
+  assert adam[-1] < 0.05 and ours[-1] < 1.05 * adam[-1] and mean(ours) < 1.05 * mean(adam)
 
-  # Planted fault: a linear scale flushes small second moments, and updates explode.
+  # Planted fault: a linear scale flushes small second moments, and updates explode. Whether the
+  # last steps, which are short, recover from it is rounding's choice: all steps are compared.
   def encode_linear(x, signed):
     return jnp.round(x * 127 + 127 if signed else x * 255).astype(jnp.uint8)
 
@@ -242,8 +249,8 @@ def test_trains_like_adam(monkeypatch):
   monkeypatch.setattr(adam8bit, 'encode', encode_linear)
   monkeypatch.setattr(adam8bit, 'decode', decode_linear)
   linear = train(scale_by_adam8bit(0.9, 0.95, 1e-8, True))
-  print(f'linear {linear}')
-  assert not linear < 2 * adam
+  print(f'linear {linear[-1]:.6f}')
+  assert not mean(linear) < 2 * mean(adam)
 
 
 def test_quantized_state_is_a_pytree():

@@ -189,6 +189,7 @@ MESHES = [
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @each
 def test_microbatches_and_devices_are_one_batch(tmp_path, name):
   batch = batch_of(config(tmp_path, name))
@@ -210,6 +211,7 @@ def test_a_head_begins_as_it_says(one_device):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'name, mesh, adapter',
   [

@@ -238,6 +238,7 @@ def test_a_step_moves_the_student_and_not_the_teacher(teacher, alone):
   assert flops_per_token(config) == flops_per_token(plain) + forward
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'devices, parts',
   [
@@ -353,6 +354,7 @@ def of_both(objective, models, batch, logits):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_encoder_decoder_is_distilled(tmp_path, one_device):
   rows = [{'source': source, 'target': target} for source, target in test_seq2seq.PAIRS]
   source = written_lines(tmp_path, rows, 'pair')
@@ -566,6 +568,7 @@ def forgotten(monkeypatch, name):
 
 @pytest.mark.parametrize('name', ['mask', 'direction', 'temperature of the student'])
 @pytest.mark.slow
+@pytest.mark.long
 def test_planted_faults_are_seen(monkeypatch, one_device, name):
   _, logits = values()
   batch, both = ragged(), models()
@@ -609,6 +612,7 @@ def test_a_run_learns_of_a_run_and_resumes(corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_teacher_is_asked_once(corpus, tmp_path):
   """Whole or not at all, for this teacher and these rows alone; and no step holds it."""
   teacher = tmp_path / 'teacher'

@@ -266,6 +266,7 @@ FAMILIES = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('family', FAMILIES)
 def test_every_architecture_keeps_the_laws(family):
   rates = dataclasses.replace(RATES, feed_forward=0.0) if family == 'experts' else RATES
@@ -297,6 +298,7 @@ def test_layers_one_by_one_draw_as_in_a_scan(family, one_device):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['spans', 'masks'])
 def test_encoders_draw_apart(name):
   """T5's two stacks, and BERT, in microbatches and on devices."""
@@ -448,6 +450,7 @@ def steps_of_adapter(adapter, devices=1, **parts):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('kind', ['lora', 'dora'])
 def test_an_adapter_draws_the_same_anywhere(kind):
   adapter = dataclasses.replace(LORA, kind=kind)

@@ -222,7 +222,8 @@ def test_parts_and_what_does_not_count_change_nothing(one_device, objective):
     spoilt = dataclasses.replace(spoilt, **{name: np.float32(filled)})
   metrics, again = whole.go([batch])[0], parts.go([spoilt])[0]
   np.testing.assert_allclose(metrics['loss'], again['loss'], rtol=1e-5)
-  assert_close(whole.state.models, parts.state.models, 1e-5)
+  # Entries are up to 7 after the step, where neighbours are 5e-7 apart.
+  assert_close(whole.state.models, parts.state.models, 3e-5)
 
 
 @pytest.mark.slow
@@ -235,6 +236,7 @@ def test_all_masked_gives_nothing(one_device):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('objective', BOTH)
 def test_the_gradient_is_the_slope(one_device, objective):
   """By finite differences in a random direction."""

@@ -64,6 +64,7 @@ def test_a_run_that_loses_numbers_goes_on_bit_for_bit(runs, corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_groups_are_stored_packed_and_read_so(runs, corpus):
   """By what adds least on the run's own rows; on a mesh, and as its numbers exported."""
   made = prune(runs, 'groups', '--scheme=2:4', '--method=wanda', '--samples=8')

@@ -304,10 +304,12 @@ def test_ppo_on_devices_is_ppo_on_one(place, tmp_path):
   for one, eight in zip(*(metrics_of(tmp_path / name) for name in said), strict=True):
     for key in told:
       np.testing.assert_allclose(one.get(key, 0), eight.get(key, 0), rtol=1e-3, atol=2e-5)
-  assert_close(*models.values(), 3e-5)
+  # Adam's quotient makes of gradients that nearly cancel, and are rounded, a part of a step.
+  assert_close(*models.values(), 1e-4)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'adapter, objective, mesh',
   [
@@ -350,6 +352,7 @@ def test_prompts_are_read_in_order_of_the_seed_and_refused_by_name(place):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_student_learns_from_a_teacher_what_to_write(place, tmp_path):
   """Of its own teacher nothing; of another one to say of its own text what that does."""
   teacher = config(place, FAMILY, train={'steps': 1, 'seed': 5})

@@ -51,6 +51,7 @@ def test_a_sampler_writes_what_the_generator_would(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
 def test_samples_are_those_of_the_parameters(corpus, tmp_path, mesh):
   config = on(corpus, train=ASKED | {'steps': 3}, mesh=mesh)

@@ -436,6 +436,7 @@ def test_resumed_is_uninterrupted_and_validation_is_by_hand(source, tmp_path, on
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('kind', ['lora', 'dora'])
 def test_an_adapter_is_trained_and_the_model_is_not(source, tmp_path, kind):
   """Attention, cross-attention and feed-forward, of encoder and decoder."""
@@ -457,6 +458,7 @@ def test_an_adapter_is_trained_and_the_model_is_not(source, tmp_path, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_learns_to_write_and_to_stop(tmp_path):
   """Letters doubled: every answer to the letter, and none goes on; samples on the way are sources
   and what is written of them.

@@ -70,6 +70,7 @@ def endings(workdir, rows):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_that_knows_fifty_chats_ends_all_answers(chats, tmp_path):
   rows, made = chats
   run_here(made, tmp_path / 'run')

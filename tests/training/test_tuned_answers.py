@@ -124,6 +124,7 @@ def test_other_records_are_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('mesh', [{'data': -1}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=range(2))
 def test_a_tuned_model_classifies_what_was_held_out(tmp_path, mesh):
   """Better than chance by far, by the prompts that an untuned model is asked."""

@@ -147,6 +147,7 @@ def test_a_step_is_the_absolute_step(files_of, one_device, name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @each
 def test_microbatches_and_devices_are_one_batch(files_of, name):
   batch = batch_of(config(files_of, name, data={'batch_size': 16}))
@@ -168,6 +169,7 @@ def test_microbatches_and_devices_are_one_batch(files_of, name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['tokens', 'cloze labels'])
 def test_a_tuned_model_classifies_by_the_same_template(files_of, tmp_path, name):
   """From files to a model that evaluation finds to know all that it was taught."""

@@ -96,6 +96,7 @@ def gathers_in_loops(text):
   return len(re.findall(r' all-gather\(', text[: text.index('\nENTRY ')]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'mesh, model',
   [
