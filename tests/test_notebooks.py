@@ -162,6 +162,7 @@ def test_a_jax_that_was_there_before_is_not_gone_on_with(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_runs_headless(tmp_path):
   import nbclient
   import nbformat

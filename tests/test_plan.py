@@ -615,6 +615,7 @@ def test_slices():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
   """On the command line, with a model that fits a v5e only when it is recomputed
   or split into microbatches.

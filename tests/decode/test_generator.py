@@ -306,6 +306,7 @@ def alone():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'sizes',
   [

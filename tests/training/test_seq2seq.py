@@ -471,10 +471,10 @@ def test_it_learns_to_write_and_to_stop(tmp_path):
     Seq2Seq(target_length=T, prefix='d:'),
     optimizer={'name': 'adamw', 'learning_rate': 3e-3},
     train={
-      'steps': 150,
-      'save_every': 150,
-      'log_every': 50,
-      'sample_every': 75,
+      'steps': 240,
+      'save_every': 240,
+      'log_every': 60,
+      'sample_every': 120,
       'sample_prompts': ('d:ab',),
     },
     mesh={'data': -1},
@@ -486,7 +486,7 @@ def test_it_learns_to_write_and_to_stop(tmp_path):
   assert {answer.finish for answer in answers} == {'stop'}
   wrote = samples.read(tmp_path / 'run')
   assert [(each.step, each.prompt, each.read) for each in wrote] == [
-    (75, 'd:ab', True),
-    (150, 'd:ab', True),
+    (120, 'd:ab', True),
+    (240, 'd:ab', True),
   ]
   assert 'd:ab\n-> ' in (tmp_path / 'run' / 'report.md').read_text()
