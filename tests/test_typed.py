@@ -329,17 +329,9 @@ def check_what_was_tuned(directory: pathlib.Path) -> None:
     assert (directory / 'runs' / run / 'evaluation').is_dir()
 
 
-def plans() -> list:
-  """The commands of planning; a step that trains takes the TPU's compiler over a minute."""
-  short, long = (pytest.mark.slow,), (pytest.mark.slow, pytest.mark.long)
-  return [
-    pytest.param(line, marks=short if '--mode=decode' in line else long)
-    for _, line in typed('plan.py')
-  ]
-
-
+@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize('line', plans(), ids=' '.join)
+@pytest.mark.parametrize('line', [line for _, line in typed('plan.py')], ids=' '.join)
 def test_commands_of_planning_run(line, tmp_path, topology):
   """Of two layers; with all of them, docs/plans.md has what they say."""
   topology(next(part.removeprefix('--topology=') for part in line if '--topology=' in part))

@@ -154,9 +154,7 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize(
-  'only', ['environment,masks,decode_1b,grouped_matmul', pytest.param('', marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize('only', ['environment,masks,decode_1b,grouped_matmul', ''])
 def test_a_rehearsal_runs_all_of_it(only, tmp_path):
   path = tmp_path / 'day.json'
   done = subprocess.run(

@@ -122,9 +122,7 @@ def test_constraints_hold_at_every_drafted_position(generator):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize(
-  'sizes', [dict(data=2, tensor=2), pytest.param(dict(stage=2), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('sizes', [dict(data=2, tensor=2), dict(stage=2)])
 def test_meshes(sizes):
   whole = dataclasses.replace(MODEL, vocabulary=264)
   split = generator_of(whole, **sizes)

@@ -311,7 +311,7 @@ def alone():
   'sizes',
   [
     {'data': 2, 'tensor': 2, 'fsdp': 2},
-    pytest.param({'data': 2, 'tensor': 2, 'context': 2}, marks=pytest.mark.slow),
+    {'data': 2, 'tensor': 2, 'context': 2},
   ],
   ids=str,
 )

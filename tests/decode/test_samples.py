@@ -133,8 +133,8 @@ def test_a_search_reads_its_prompt_once_and_says_so(generator, monkeypatch):
   'sizes',
   [
     {'data': 4},
-    pytest.param({'data': 2, 'tensor': 2, 'fsdp': 2}, marks=pytest.mark.slow),
-    pytest.param({'data': 2, 'context': 2}, marks=pytest.mark.slow),
+    {'data': 2, 'tensor': 2, 'fsdp': 2},
+    {'data': 2, 'context': 2},
   ],
   ids=str,
 )

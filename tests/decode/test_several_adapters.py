@@ -382,7 +382,7 @@ def test_every_family_takes_several(family):
 @pytest.mark.parametrize(
   ['family', 'sizes'],
   [
-    pytest.param('llama', dict(data=2, tensor=4), marks=pytest.mark.long),
+    ('llama', dict(data=2, tensor=4)),
     ('llama', dict(fsdp=4, tensor=2)),
     ('latent', dict(data=2, fsdp=2, tensor=2)),
     ('llama', dict(data=2, context=4)),

@@ -116,8 +116,8 @@ def test_pages_are_slots_bit_for_bit(model, sizes, moved):
   'model, mesh',
   [
     (('llama', 'float32'), {}),
-    pytest.param(('windows', 'bfloat16'), {}, marks=pytest.mark.long),
-    pytest.param(('llama', 'float32'), dict(data=2), marks=pytest.mark.long),
+    (('windows', 'bfloat16'), {}),
+    (('llama', 'float32'), dict(data=2)),
   ],
   ids=str,
 )

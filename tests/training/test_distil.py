@@ -238,29 +238,25 @@ def test_a_step_moves_the_student_and_not_the_teacher(teacher, alone):
   assert flops_per_token(config) == flops_per_token(plain) + forward
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(
   'devices, parts',
   [
-    pytest.param(1, {'train': {'accumulation': 4}}, marks=LONG),
-    pytest.param(
-      8,
-      {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'train': {'accumulation': 2}},
-      marks=pytest.mark.slow,
-    ),
-    pytest.param(8, {'mesh': {'data': 4, 'fsdp': 2, 'zero': 1}}, marks=LONG),
-    pytest.param(8, {'mesh': {'data': 2, 'fsdp': 4, 'zero': 2}}, marks=pytest.mark.slow),
-    pytest.param(4, {'mesh': {'context': 2, 'tensor': 2}, 'context': 'ring'}, marks=LONG),
-    pytest.param(4, {'mesh': {'context': 4}, 'context': 'ulysses_ring'}, marks=pytest.mark.slow),
-    pytest.param(4, {'mesh': {'stage': 2, 'data': 2}}, marks=LONG),
-    pytest.param(
+    (1, {'train': {'accumulation': 4}}),
+    (8, {'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'train': {'accumulation': 2}}),
+    (8, {'mesh': {'data': 4, 'fsdp': 2, 'zero': 1}}),
+    (8, {'mesh': {'data': 2, 'fsdp': 4, 'zero': 2}}),
+    (4, {'mesh': {'context': 2, 'tensor': 2}, 'context': 'ring'}),
+    (4, {'mesh': {'context': 4}, 'context': 'ulysses_ring'}),
+    (4, {'mesh': {'stage': 2, 'data': 2}}),
+    (
       2,
       {
         'mesh': {'stage': 2},
         'pipeline': {'schedule': 'circular', 'repeats': 2},
         'model': {'layers': 4},
       },
-      marks=pytest.mark.slow,
     ),
   ],
   ids=str,

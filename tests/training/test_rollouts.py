@@ -314,7 +314,7 @@ def test_ppo_on_devices_is_ppo_on_one(place, tmp_path):
   'adapter, objective, mesh',
   [
     ({'kind': 'lora'}, FAMILY, {}),
-    pytest.param({'kind': 'dora'}, FAMILY, {}, marks=pytest.mark.long),
+    ({'kind': 'dora'}, FAMILY, {}),
     (
       {'kind': 'lora', 'base': 'int8'},
       dataclasses.replace(FAMILY, rollout_weights='whole'),

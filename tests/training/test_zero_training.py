@@ -96,17 +96,17 @@ def gathers_in_loops(text):
   return len(re.findall(r' all-gather\(', text[: text.index('\nENTRY ')]))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(
   'mesh, model',
   [
-    pytest.param({'data': 2, 'fsdp': 4}, {}, marks=pytest.mark.slow),
-    pytest.param({'data': 1, 'fsdp': 4, 'tensor': 2}, {}, marks=pytest.mark.slow),
-    pytest.param({'data': 1, 'fsdp': 4, 'stage': 2}, {}, marks=pytest.mark.slow),
-    pytest.param(
+    ({'data': 2, 'fsdp': 4}, {}),
+    ({'data': 1, 'fsdp': 4, 'tensor': 2}, {}),
+    ({'data': 1, 'fsdp': 4, 'stage': 2}, {}),
+    (
       {'data': 1, 'fsdp': 4, 'stage': 2},
       {'execution': ExecutionConfig(remat='full', pipeline=PipelineConfig(schedule='1f1b'))},
-      marks=pytest.mark.slow,
     ),
   ],
   ids=str,
