@@ -18,7 +18,6 @@ PAGES = sorted([ROOT / 'README.md', *ROOT.glob('docs/*.md'), *ROOT.glob('*/READM
 # Files of prompts by which the pages ask a run that was tuned before, and not any one.
 ON_TUNED = {'--prompts=mixed.jsonl', '--prompts=ask.jsonl'}
 BY_ABSL = ('train.py', 'generate.py', 'evaluate.py', 'serve.py', 'plan.py')
-# Reads the flags of each command line without running it, in a fork of its own, since config flags
 # Reads the flags of each command line without running it, in a fork of its own because config
 # flags read sys.argv once; prints what is wrong, a line each. Lines with a placeholder (FILE, ..)
 # or a run that is not there are read for the names of their flags alone.
