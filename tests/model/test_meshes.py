@@ -118,6 +118,7 @@ def test_the_auto_twin_splits_rows_too(expected):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('strategy', ['ring', 'gather'])
 @pytest.mark.parametrize(
   'name',
@@ -179,6 +180,7 @@ def test_cached_decode_on_a_mesh(axis_type):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'name',
   [

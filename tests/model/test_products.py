@@ -123,6 +123,7 @@ def test_three_axes_are_one_device(axes):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'axes', [axes for axes in itertools.combinations(AXES, 3) if 'expert' in axes], ids='-'.join
 )
@@ -136,6 +137,7 @@ def test_more_tensor_shards_than_keys_are_one_device(sizes):
   check(DENSE, sizes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'changes, sizes',
   [

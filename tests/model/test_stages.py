@@ -116,6 +116,7 @@ def reports(mesh, config):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('pipeline', [GPIPE, CIRCULAR, F1B1], ids=lambda x: x.schedule)
 def test_experts_report_what_real_microbatches_did(pipeline):
   """Loads and losses of every layer, in order; idle slots, which compute too, count nowhere."""

@@ -346,6 +346,7 @@ def trained(name, corpus, steps=4):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @each
 def test_a_run_says_how_good_it_is(name, run, corpus, one_device):
   """The last evaluation is by hand that of all that is held out."""

@@ -258,6 +258,7 @@ def test_too_far_from_what_wrote_it_another_epoch_does_not_begin(place, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'mesh, weights',
   [

@@ -281,6 +281,7 @@ def test_a_new_one_is_the_same_on_every_mesh(adapter):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('remat', ['full', 'dots'])
 @KINDS
 def test_recomputing_and_a_base_in_bytes(source, one_device, adapter, remat):

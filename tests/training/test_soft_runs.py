@@ -118,6 +118,7 @@ def test_a_checkpoint_holds_the_tokens_and_the_run_generates_with_them(base, tun
     ours('a' * 28)
 
 
+@pytest.mark.long
 @KINDS
 def test_samples_drafts_beams_and_sessions_have_them(tuned, adapter):
   g = Generator.load(tuned(adapter))
@@ -146,6 +147,7 @@ def test_samples_drafts_beams_and_sessions_have_them(tuned, adapter):
   assert len(session.ids) == session.capacity and 'less 3 soft tokens' in full.note
 
 
+@pytest.mark.long
 @KINDS
 def test_it_generates_the_same_on_a_mesh_and_in_bytes_nearly(tuned, adapter):
   run = tuned(adapter)

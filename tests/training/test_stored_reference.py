@@ -148,6 +148,7 @@ def held(sources, reference):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('kind', [*KINDS][:1] + [pytest.param(k, marks=SLOW) for k in [*KINDS][1:]])
 def test_what_is_stored_is_what_it_says_of_every_row(held, kind, tmp_path, monkeypatch):
   """In training and in what is held out; another row's, or another model's, is not."""
