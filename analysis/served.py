@@ -70,11 +70,8 @@ def lowered(
     model = params.abstract(lambda: generating_model(transformer.init(config, 0), weights), mesh)
     sizes = row_sizes(ax.size('batch'), config.V, 0, rows=rows, capacity=context)
   made = _Lowering(model.config, mesh, sizes)
-  if reads:
-    made._reader(model)
-    program = made._programs['read']
-  else:
-    program = made._programs[made._decoder(model, 0)]
+  name = made._reader(model, source=0) if reads else made._decoder(model, 0)
+  program = made._programs[name]
   state = made.state
   arrays = {'parameters': model, 'cache': state.cache, "rows' state": without_cache(state)}
   return program, arrays, made.sizes

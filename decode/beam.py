@@ -30,7 +30,7 @@ from decode.loop import Chunk, DecodeState, Rules
 from decode.options import Options
 from decode.report import CallTimer, GenerationReport
 from decode.request import INTERRUPTED, Row, raise_where_all_failed
-from model import cache as caches
+from model import moves
 from model.transformer import Decoder
 from model.weights import of_rows
 from parallel import axes as ax
@@ -120,7 +120,7 @@ def begin(
   running, finished, broken = _by_prompts(empty, lengths)
   spread = dataclasses.replace(
     _by_prompts(rows, dataclasses.replace(state, cache=None)),
-    cache=caches.repeated(state.cache, beams),
+    cache=moves.repeated(state.cache, beams),
   )
   return BeamState(spread, lengths, running, finished, length_penalty, early, broken)
 
@@ -145,7 +145,7 @@ def search(
     state, sources, ids, real = _by_prompts(
       _chosen, without, lengths, rules.sampling, rules.ends, allowed
     )
-    cache = caches.reordered(rows.cache, sources, state.begun)
+    cache = moves.reordered(rows.cache, sources, state.begun)
     rows = dataclasses.replace(state.rows, cache=cache)
 
     x, cache, _ = model(ids[:, None], cache=cache, counts=real.astype(jnp.int32))

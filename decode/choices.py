@@ -19,8 +19,9 @@ import numpy as np
 
 from decode.loaded import LoadedModel, bucket
 from decode.loop import last
-from model.cache import APPEND, init_cache, rows_of, taken
+from model.cache import APPEND, init_cache, rows_of
 from model.logprobs import logprobs, logprobs_and_greedy
+from model.moves import taken
 from model.vocabulary import TOKENS, Law
 from parallel import axes as ax, mesh
 
@@ -214,8 +215,7 @@ def _shared(model: LoadedModel, groups: list[_Group]) -> Iterator[tuple[dict, tu
     source = None
     with jax.set_mesh(model.mesh):
       if encoder:
-        real = np.arange(T)[None] < lengths[:, None]
-        source = model.put(tokens), model.put(real.astype(np.int32))
+        source = model.put(tokens), model.put(lengths)
         tokens, lengths = model.padded([[model.tokenizer.pad]] * len(tokens))
       capacity = tokens.shape[1] + M
       capacity = min(capacity, front.positions or capacity)

@@ -17,6 +17,7 @@ import numpy as np
 
 from decode.front import Front
 from decode.loaded import LoadedModel
+from decode.sizes import lengths_to
 from model.vocabulary import TOKENS
 from model.weights import of_rows
 from parallel import axes as ax
@@ -24,8 +25,6 @@ from parallel.gathering import everywhere
 
 POOLINGS = ('mean', 'first', 'last')
 ROWS = 4  # of each part of the mesh
-SHORTEST = 32  # tokens; each length is four times another
-LONGER = 4
 
 
 def check_pooling(pooling: str, causal: bool) -> None:
@@ -36,14 +35,6 @@ def check_pooling(pooling: str, causal: bool) -> None:
     raise ValueError(
       "pooling='first' of a decoder, whose first token sees no other; give last, or mean"
     )
-
-
-def lengths_to(capacity: int) -> list[int]:
-  """Of texts, of which each is read by the least that holds it."""
-  lengths = [SHORTEST]
-  while lengths[-1] < capacity:
-    lengths.append(lengths[-1] * LONGER)
-  return [*lengths[:-1], capacity]
 
 
 class Embedder:

@@ -24,6 +24,7 @@ import numpy as np
 from decode import loop
 from decode.calling import Leaves, Splits, flattened
 from decode.constrain import Automaton, Tables
+from decode.encoded import Sources
 from decode.idle import idle_state
 from decode.loop import Chunk, Rules
 from decode.prefixes import Prefixes
@@ -81,6 +82,7 @@ class Engine:
       config.check_parameters(dict(mesh.shape))
       self._parts = ax.size('batch')
     self._read_rows = sizes.read_rows or self._parts
+    self._sources = Sources(sizes.source, self._read_rows, pad)
     self._programs: dict[str, Any] = {}
     self._leaves, self._splits = Leaves(), Splits(mesh)
     self._begin = functools.partial(idle_state, config, sizes)
@@ -127,8 +129,9 @@ class Engine:
   def _compiling(self, weights: Decoder) -> list[Callable]:
     """What makes the programs that are not there from the beginning."""
     decoders = sorted({0, self.sizes.alternatives})
-    steps = [lambda: self._reader(weights), self._sharer]
-    steps += [self._resumer] if self.sizes.block else []
+    steps = [lambda n=n: self._reader(weights, n) for n in self._sources.lengths]
+    steps += [self._sharer]
+    steps += [self._resumer] if self.sizes.block and not self.sizes.source else []
     return steps + [lambda k=k: self._decoder(weights, k) for k in decoders]
 
   @property
@@ -170,8 +173,8 @@ class Engine:
     if row not in self.free:
       raise ValueError(f'row {row} is not free; these are: {self.free}; release others first')
     self.check(request)
-    prompt = [int(i) for i in request.prompt]
-    request = dataclasses.replace(self.fitted(request), prompt=prompt)
+    prompt, source = ([int(i) for i in ids] for ids in (request.prompt, request.source))
+    request = dataclasses.replace(self.fitted(request), prompt=prompt, source=source)
     before = self._tables.automaton
     place = self._tables.add(request.constraint)
     if self._tables.automaton is not before:
@@ -200,8 +203,8 @@ class Engine:
     """Reads the next C tokens of these rows' prompts, in one call; which of them, and of those that
     share them, have come to their end.
 
-    rows: at most J of `reading`, at most J / parts on each part of the mesh (`part_of`); default:
-    as many as go together. Raises ValueError for others.
+    rows: at most J of `reading`, at most J / parts on each part of the mesh (`part_of`), whose
+    sources are read by one program; default: as many as go together. Raises ValueError for others.
     """
     chosen = self._together() if rows is None else list(rows)
     if weights is not self._weights:
@@ -214,9 +217,9 @@ class Engine:
     chosen = self._seated(chosen)
     if not chosen:
       return []
-    arguments, ended = self._reading(chosen)
-    self._reader(weights)
-    self.state = self._run('read', self._leaves(weights), self.state, *arguments)
+    arguments, ended, source = self._reading(chosen)
+    name = self._reader(weights, source)
+    self.state = self._run(name, self._leaves(weights), self.state, *arguments)
     for row in chosen:
       self._prefixes.read(row, len(self._unread[row][: self.sizes.read_tokens]))
       del self._unread[row][: self.sizes.read_tokens]
@@ -320,7 +323,7 @@ class Engine:
   def _alike(self, row: int, other: int) -> bool:
     """Whether one of the two can read the prompt for both."""
     requests = [self._requests[i] for i in (row, other)]
-    asked = [(request.prompt, request.adapter, request.salt) for request in requests]
+    asked = [(each.source, each.prompt, each.adapter, each.salt) for each in requests]
     return self.part_of(row) == self.part_of(other) and asked[0] == asked[1]
 
   def _share(self, reader: int) -> list[int]:
@@ -332,8 +335,8 @@ class Engine:
       places = self._puts([self._named({i: part}, self._parts) for i in (reader, row)])
       self._sharer()
       self.state = self._run('share', self.state, *places)
-      self._cached[row] = len(self._requests[row].prompt)
-      self._prefixes.begin(row, self._requests[row], self._cached[row])
+      self._cached[row] = self._requests[row].tokens
+      self._prefixes.begin(row, self._requests[row], len(self._requests[row].prompt))
     return rows
 
   def _pass_on(self, row: int) -> None:
@@ -364,8 +367,10 @@ class Engine:
     rows, *leaves = self._puts([rows, *(np.repeat(x, self._parts, 0) for x in leaves)])
     return rows, *structure.unflatten(leaves)
 
-  def _reading(self, chosen: Sequence[int]):
-    """What loop.read takes of these rows besides model and state; whose prompts end with it."""
+  def _reading(self, chosen: Sequence[int], source: int = 0):
+    """What loop.read takes of these rows besides model and state; whose prompts end with it; as how
+    many tokens their sources are read, at least `source`.
+    """
     J, C = self._read_rows, self.sizes.read_tokens
     tokens = np.full((J, C), self._pad, np.int32)
     counts, ends = np.zeros(J, np.int32), np.zeros(J, bool)
@@ -387,17 +392,21 @@ class Engine:
       tokens[index, : len(ids)] = ids
       counts[index] = len(ids)
       ends[index] = len(self._unread[row]) <= C
-    rows = self._named(places, J)
-    arguments = tuple(self._puts((rows, tokens, counts, ends)))
-    return arguments, [row for row, index in places.items() if ends[index]]
+    requests = {index: self._requests[row] for row, index in places.items()}
+    source = max(source, self._sources.common(requests.values()))
+    encoded = self._sources.arrays(requests, source)
+    arguments = self._puts((self._named(places, J), tokens, counts, ends))
+    arguments.append(encoded and tuple(self._puts(encoded)))
+    return tuple(arguments), [row for row, index in places.items() if ends[index]], source
 
   def _together(self) -> list[int]:
     """Of the rows that are being read the first ones that one call can read."""
     chosen: list[int] = []
     taken = [0] * self._parts
-    for row in self.reading:
-      part = self.part_of(row)
-      if taken[part] < self._read_rows // self._parts:
+    lengths = {row: self._sources.length(self._requests[row]) for row in self.reading}
+    for row in lengths:
+      part, alike = self.part_of(row), lengths[row] == lengths[self.reading[0]]
+      if alike and taken[part] < self._read_rows // self._parts:
         taken[part] += 1
         chosen.append(row)
     return chosen
@@ -423,13 +432,16 @@ class Engine:
         '(Sizes.adapters): make both for as many'
       )
 
-  def _reader(self, weights) -> None:
-    if 'read' not in self._programs:
+  def _reader(self, weights, source: int) -> str:
+    """The name of the program, compiled. source: tokens of sources that it reads."""
+    name = f'read sources of {source}' if source else 'read'
+    if name not in self._programs:
       self._check_weights(weights)
-      arguments, _ = self._reading(())
+      arguments, *_ = self._reading((), source)
       program = flattened(loop.read, weights, 1, vocabulary=self._vocabulary)
       leaves = self._leaves(weights)
-      self._programs['read'] = self._compiled(program, leaves, self.state, *arguments)
+      self._programs[name] = self._compiled(program, leaves, self.state, *arguments)
+    return name
 
   def _sharer(self) -> None:
     if 'share' not in self._programs:

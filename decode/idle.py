@@ -29,6 +29,7 @@ def idle_state(config: ModelConfig, sizes: Sizes) -> tuple[DecodeState, Rules]:
     return ax.place(jnp.asarray(x), 'batch', *(None,) * (x.ndim - 1))
 
   of_cache = sizes.capacity, sizes.cache_dtype, sizes.read_tokens, sizes.pages, sizes.block
+  of_cache += (sizes.source,)
   state = DecodeState(
     cache=init_cache(config, B, *of_cache),
     logits=zeros(jnp.float32, V),

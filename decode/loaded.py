@@ -232,9 +232,7 @@ class LoadedModel:
     with jax.set_mesh(self.mesh):
       cache = _empty(self.model.config, len(tokens), capacity, cache_dtype, append)
       if source is not None:
-        ids, counts = source
-        real = np.arange(ids.shape[1])[None] < counts[:, None]
-        source = self.put(ids), self.put(real.astype(np.int32))
+        source = tuple(map(self.put, source))
       state = loop.prefill(
         self.model,
         self.put(tokens[:, :AT_ONCE]),

@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Int
 from decode import constrain, sampling as laws
 from decode.sampling import Bias, History, Sampling, make_sampling
 from model.begun import begun
-from model.cache import Cache, copied, rows_of, taken, with_rows
+from model.cache import Cache, rows_of, with_rows
+from model.moves import copied, taken
 from model.transformer import Decoder
 from model.weights import of_rows
 from parallel import axes as ax
@@ -101,7 +102,7 @@ def prefill(
   lengths: Int[Array, 'B'],
   cache: Cache,
   stop_at: Int[Array, 'B'],
-  source: tuple[Int[Array, 'B S'], Int[Array, 'B S']] | None = None,
+  source: tuple[Int[Array, 'B S'], Int[Array, 'B']] | None = None,
   places: Int[Array, 'B'] | None = None,
   adapters: Int[Array, 'B'] | None = None,
   *,
@@ -111,8 +112,7 @@ def prefill(
 
   tokens: each row's prompt, then padding, whose ids are free: it is never seen.
   lengths: of the prompts, at least 1.
-  source: of an encoder-decoder, what the encoder reads: ids, and 1 where they count,
-    0 where they are padding.
+  source: of an encoder-decoder, what the encoder reads: ids, and how many of them.
   places: where rows begin in the automaton of their constraints. adapters: see DecodeState.
   vocabulary: ids from here on are never generated; 0: all may be.
   """
@@ -221,6 +221,7 @@ def read(
   tokens: Int[Array, 'J T'],
   counts: Int[Array, 'J'],
   ends: Bool[Array, 'J'],
+  source: tuple[Int[Array, 'J S'], Int[Array, 'J']] | None = None,
   *,
   vocabulary: int = 0,
 ) -> DecodeState:
@@ -228,11 +229,12 @@ def read(
   tokens; all other rows stay as they are.
 
   rows: as model.cache.Slots numbers them. ends: whether a row's prompt ends with this part, so that
-  the row is decoded from now on. vocabulary: as of prefill.
+  the row is decoded from now on. source, vocabulary: as of prefill.
   """
   before = rows_of(dataclasses.replace(state, cache=None), rows)
   model = of_rows(model, before.adapters)
-  x, cache, _ = model(tokens, cache=state.cache, counts=counts, rows=rows)
+  cache = state.cache if source is None else model.read(state.cache, *source, rows)
+  x, cache, _ = model(tokens, cache=cache, counts=counts, rows=rows)
   logits = scores(model, last(x, jnp.maximum(counts, 1)), vocabulary)
   logits = jnp.where((counts > 0)[:, None], logits, before.logits)
   prompt = before.history.prompt | History.of(tokens, counts, logits.shape[1]).prompt

@@ -99,7 +99,7 @@ class Prefixes:
     """A name of each whole block of a prompt, with all before it, but the last token, which is read
     in any case.
     """
-    if not self.block:
+    if not self.block or request.source:  # who has read another source has nothing of this one
       return []
     ids = np.asarray(request.prompt, np.int32)
     name = hashlib.blake2b(f'{request.adapter} {request.salt}'.encode(), digest_size=16).digest()

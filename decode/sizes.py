@@ -11,6 +11,9 @@ from model.cache import APPEND
 from model.config import ModelConfig
 from parallel import axes as ax
 
+SHORTEST = 32  # tokens of a text that is read at once; each length is four times another
+LONGER = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -32,6 +35,8 @@ class Sizes:
     pages: of `block` tokens each, in which all rows' tokens lie (decode.paged); 0: every row has
       room for its capacity. host_pages: for which there is room on the host besides, where rows
       wait.
+    source: tokens that the encoder of an encoder-decoder reads of a request at most; 0: there is no
+      encoder. Of what it has read nothing is shared but among samples of one text.
     lookup: every step drafts what followed the last `lookup` tokens where the row has had them
       before (decode.drafted); 0: nothing drafts. draft_tokens: how many it drafts.
 
@@ -53,12 +58,13 @@ class Sizes:
   block: int = 0
   pages: int = 0
   host_pages: int = 0
+  source: int = 0
   lookup: int = 0
   draft_tokens: int = TABLE['draft_tokens'].default
 
   def __post_init__(self):
     may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters', 'block', 'lookup', 'pages')
-    may_be_none += ('host_pages',)
+    may_be_none += ('host_pages', 'source')
     for field in dataclasses.fields(self):
       value, least = getattr(self, field.name), 0 if field.name in may_be_none else 1
       if field.type is int and value < least:
@@ -104,7 +110,8 @@ class Request:
   """What one row is asked for.
 
   Attributes:
-    prompt: ids, at least one.
+    prompt: ids, at least one: what the decoder reads. source: what the encoder of an
+      encoder-decoder reads.
     max_new_tokens: how many to write at most.
     sampling: of one row, as decode.sampling.make_sampling(1, ..) gives it.
     ends: ids that end the row, and belong to it.
@@ -120,11 +127,25 @@ class Request:
   constraint: Constraint | None = None
   adapter: int = 0
   salt: str = ''
+  source: Sequence[int] = ()
+
+  @property
+  def tokens(self) -> int:
+    """Of the text that is read for it."""
+    return len(self.source or self.prompt)
 
 
 def idle_request(bias: int) -> Request:
   """What asks for nothing, in the shapes of what does."""
   return Request([0], 1, idle_sampling(1, bias))
+
+
+def lengths_to(capacity: int) -> list[int]:
+  """Of texts that are read at once, of which each is by the least that holds it."""
+  lengths = [SHORTEST]
+  while lengths[-1] < capacity:
+    lengths.append(lengths[-1] * LONGER)
+  return [*lengths[:-1], capacity]
 
 
 def check(config: ModelConfig, sizes: Sizes) -> None:
@@ -141,10 +162,14 @@ def check(config: ModelConfig, sizes: Sizes) -> None:
     _check_pages(sizes, parts)
   if sizes.read_rows > sizes.rows:
     raise ValueError(f'read_rows={sizes.read_rows} of rows={sizes.rows}: read at most all of them')
-  if config.encoder_layers:
-    raise NotImplementedError(
-      f'an engine for model.encoder_layers={config.encoder_layers}: what an encoder reads joins no '
-      'running batch so far; use decode.generator.Generator'
+  if bool(config.encoder_layers) != bool(sizes.source):
+    raise ValueError(
+      f'source={sizes.source} of an engine for model.encoder_layers={config.encoder_layers}: give '
+      'how many tokens an encoder reads at most, and none without one'
+    )
+  if config.max_length and sizes.source > config.max_length:
+    raise ValueError(
+      f'source={sizes.source} of an engine passes model.max_length={config.max_length}; give less'
     )
   if ax.size('layers') > 1:
     raise NotImplementedError(
@@ -190,7 +215,9 @@ def check_request(request: Request, sizes: Sizes, vocabulary: int, virtual: rang
       f'a prompt of {len(prompt)} tokens leaves no room for new ones in '
       f'capacity={sizes.capacity} of a row; shorten the prompt'
     )
-  wrong = [i for i in prompt if not 0 <= i < vocabulary and i not in virtual]
+  _check_source(request, sizes)
+  ids = (*prompt, *request.source)
+  wrong = [i for i in ids if not 0 <= i < vocabulary and i not in virtual]
   if wrong:
     soft = virtual and f' and, of soft tokens, [{virtual[0]}, {virtual.stop})'
     raise ValueError(f'a prompt has the id {wrong[0]}; ids are in [0, {vocabulary}){soft or ""}')
@@ -207,3 +234,21 @@ def check_request(request: Request, sizes: Sizes, vocabulary: int, virtual: rang
       '(Sizes.adapters); 0 is none'
     )
   request.sampling.bias.padded(sizes.bias)  # raises for more
+
+
+def _check_source(request: Request, sizes: Sizes) -> None:
+  source = len(request.source)
+  if bool(source) != bool(sizes.source):
+    raise ValueError(
+      f'a source of {source} tokens, in an engine for at most source={sizes.source}: an '
+      'encoder-decoder reads one, and no other model does'
+    )
+  if source > sizes.source:
+    raise ValueError(
+      f'a source of {source} tokens, of at most {sizes.source} that the encoder reads; shorten it'
+    )
+  if source and len(request.prompt) > sizes.read_tokens:
+    raise ValueError(
+      f'{len(request.prompt)} tokens begin what a decoder writes, and are read with its source: of '
+      f'at most read_tokens={sizes.read_tokens}; give fewer'
+    )

@@ -33,8 +33,7 @@ class View:
     mask: who sees whom, but for the layer's window. angles, local_angles: of rotary positions, the
       second for layers with a window; None without. relative: T5's table, or None.
     memory: [B, S, D], what cross-attention looks at, or None: there is none, or the cache holds its
-      keys and values.
-    memory_mask: who sees what of it.
+      keys and values. memory_mask: who sees what of it.
     drawn: what training draws (model.drawn.Drawn); None: nothing.
     prefix: [B, T] int32, which keys and values of the layer's prefix stand in a token's place
       (model.soft); negative: the token's own. None where no layer has one.
@@ -140,15 +139,13 @@ class Attention(nnx.Module):
     self, x: Float[Array, 'B T D'], view: View, slots: AnySlots | None
   ) -> Float[Array, 'B T D']:
     """The same of another sequence: of view.memory, or of what the cache holds of it."""
-    k, v = self.keys_values(view.memory) if slots is None else slots.remembered()
     q = project('BTD,DNH->BTNH', x, self.q, self.q_bias, self.dtype)
-    scoring = Scoring(
-      view.memory_mask,
-      softcap=self.softcap,
-      scale=self.scale,
-      dropout=view.dropout('cross_weights'),
-    )
-    return self._mix(q, k, v, scoring)
+    scoring = Scoring(Mask(), softcap=self.softcap, scale=self.scale)
+    if slots is not None:
+      return self._out(slots.recall(q, scoring=scoring))
+    dropout = view.dropout('cross_weights')
+    scoring = dataclasses.replace(scoring, mask=view.memory_mask, dropout=dropout)
+    return self._mix(q, *self.keys_values(view.memory), scoring)
 
   def keys_values(
     self, x: Float[Array, 'B S D']

@@ -2,11 +2,10 @@
 whole and rewritten in place.
 
 R layers of a place of a period · B rows · J of them that a call is about · T new tokens · S slots ·
-K key/value heads · H head width · P groups of W rows · n pages of a row
+K key/value heads · H head width · n pages of a row
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -36,9 +35,9 @@ class Cache:
   Attributes:
     held: keys and values of every place (ModelConfig.places).
     lengths: [B] int32, tokens that each row holds. capacity: how many it can hold.
-    memory: keys and values of cross-attention of every place, [R, B, S', K, H] each, or None before
-      the source was read (and without one).
-    memory_segments: [B, S'] int32, 0 where the source is padding; or None.
+    memory: what cross-attention looks up of a source: keys and values of every place, as `held`; or
+      None before a source was read (and without one).
+    memory_lengths: [B] int32, tokens of each row's source; or None.
     table: [B, n] int32, which of its device's pages hold each row, see kernels.cached.Held.paged;
       None: rows have slots of their own in all places, as they have in rings. Who hands pages out
       writes it.
@@ -47,7 +46,7 @@ class Cache:
   held: Any
   lengths: Any
   memory: Any = None
-  memory_segments: Any = None
+  memory_lengths: Any = None
   table: Any = None
   capacity: int = 0
 
@@ -71,12 +70,33 @@ class Cache:
       # A place of the call that is about no row looks at nothing.
       lengths = jnp.where(counts > 0, lengths, 0)
       table = None if table is None else rows_of(table, rows)
-    memory = (None,) * len(self.held) if self.memory is None else self.memory
-    return CachedPlaces(self.held, lengths, memory, counts, rows, table, self.capacity, fresh)
+    memory, sources = (None,) * len(self.held), None
+    if self.memory is not None:
+      memory, sources = self.memory, self.memory_lengths
+      sources = sources if rows is None else rows_of(sources, rows)
+    return CachedPlaces(
+      self.held, lengths, memory, sources, counts, rows, table, self.capacity, fresh
+    )
 
-  def remembering(self, memory: tuple, segments: Int[Array, 'B S']) -> 'Cache':
-    """With keys and values of cross-attention, and the segments of its source."""
-    return dataclasses.replace(self, memory=memory, memory_segments=segments)
+  def remembering(
+    self, memory: tuple, lengths: Int[Array, 'J'], rows: Int[Array, 'J'] | None = None
+  ) -> 'Cache':
+    """With what cross-attention looks up of sources of these lengths, in all rows, or in some
+    (see Slots.rows) of a cache that has room for it.
+
+    memory: keys and values [R, J, S, K, H] of every place.
+    """
+    memory = tuple(Held(*(jnp.swapaxes(x, 2, 3) for x in pair)) for pair in memory)
+    if rows is None:
+      return dataclasses.replace(self, memory=_padded(memory), memory_lengths=lengths)
+    memory = jax.tree.map(
+      lambda x, new, axes: _with_first(x, rows, new, axes),
+      self.memory,
+      memory,
+      tuple(held.axes() for held in self.memory),
+    )
+    lengths = with_rows(self.memory_lengths, rows, lengths)
+    return dataclasses.replace(self, memory=memory, memory_lengths=lengths)
 
   def longer(self, held: tuple, counts: Int[Array, 'J'], rows: Int[Array, 'J'] | None) -> 'Cache':
     """With these buffers, and so many more tokens in these rows (see Slots.rows)."""
@@ -105,16 +125,38 @@ def with_rows(x: Any, rows: Int[Array, 'J'], values: Any) -> Any:
   return ax.local(put, (('batch',),) * 3, ('batch',))(x, rows, values)
 
 
+def _padded(memory: tuple) -> tuple:
+  """With as many slots as kernels.cached takes."""
+
+  def pad(x, axes):
+    S = x.shape[3]
+    x = jnp.pad(x, [(0, _whole(S) - S if axis == 3 else 0) for axis in range(x.ndim)])
+    return ax.place(x, *axes)
+
+  return tuple(jax.tree.map(pad, held, held.axes()) for held in memory)
+
+
+def _with_first(x, rows: Int[Array, 'J'], new, axes: tuple):
+  """Buffers [R, B, K, S, ..] with [R, J, K, S', ..] in the first slots of these rows, each device's
+  of its own.
+  """
+
+  def put(x, rows, new):
+    return x.at[:, rows, :, : new.shape[3]].set(new.astype(x.dtype), mode='drop')
+
+  return ax.local(put, (axes, ('batch',), axes), axes)(x, rows, ax.place(new, *axes))
+
+
 @dataclasses.dataclass(frozen=True)
 class CachedPlaces(places.Places):
   """Some places of a cache, and which tokens a call adds to which rows, which is the same in all.
 
   Attributes:
-    memory: of each place, see Cache.
-    counts, rows, table, capacity, fresh: see Slots.
+    memory: of each place, see Cache. sources, counts, rows, table, capacity, fresh: see Slots.
   """
 
   memory: tuple = ()
+  sources: Any = None
   counts: Any = None
   rows: Any = None
   table: Any = None
@@ -137,6 +179,7 @@ class CachedPlaces(places.Places):
       self.fresh,
       self.rows,
       self.table if self.held[place].paged else None,
+      self.sources,
     )
 
 
@@ -145,11 +188,6 @@ def _check_some(cache: Cache, fresh: bool) -> None:
     raise NotImplementedError(
       'rows or pages of a cache with fresh=True: a call that fills buffers from their beginning is '
       'about all rows, and slots side by side; append to empty rows instead (fresh=False)'
-    )
-  if cache.memory is not None:
-    raise NotImplementedError(
-      'rows of a cache of an encoder-decoder: what its encoder has read is of all rows; call it '
-      'with all of them (rows=None)'
     )
   if ax.size('layers') > 1:
     raise NotImplementedError(
@@ -173,6 +211,7 @@ class Slots:
       Where a mesh splits rows, those of a call are split alike, and a number counts the rows of
       its own device: what is on another cannot be named.
     table: [J, n] int32, of these rows, where `held` is paged; None otherwise.
+    sources: [J] int32, tokens that `memory` has of these rows; None without.
   """
 
   held: Any
@@ -184,6 +223,7 @@ class Slots:
   fresh: bool
   rows: Any = None
   table: Any = None
+  sources: Any = None
 
   def append(
     self, keys: Float[Array, 'J T K H'], values: Float[Array, 'J T K Hv'] | None, window: int = 0
@@ -220,11 +260,12 @@ class Slots:
     lengths, which = self.lengths + self.counts, dict(rows=self.rows, table=self.table)
     return cached.attention(q, self.held, self.layer, lengths, queries, **which, **how)
 
-  def remembered(self) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
-    """This layer's keys and values of cross-attention."""
-    return tuple(
-      jax.lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False) for x in self.memory
-    )
+  def recall(self, q: Float[Array, 'J T N H'], **how) -> Float[Array, 'J T N H']:
+    """Attention of the call's tokens to all of their rows' sources."""
+    # Behind the last token of a source every query sees all of it.
+    queries = jnp.broadcast_to(self.sources[:, None] - 1, q.shape[:2])
+    rows = self.rows
+    return cached.attention(q, self.memory, self.layer, self.sources, queries, rows=rows, **how)
 
   def _fill(self, buffer, axes, x):
     """The first tokens of rows [B, T, K, ...]: slots side by side."""
@@ -289,12 +330,12 @@ class Slots:
 
 jax.tree_util.register_dataclass(
   Cache,
-  data_fields=['held', 'lengths', 'memory', 'memory_segments', 'table'],
+  data_fields=['held', 'lengths', 'memory', 'memory_lengths', 'table'],
   meta_fields=['capacity'],
 )
 jax.tree_util.register_dataclass(
   Slots,
-  data_fields=['held', 'memory', 'layer', 'lengths', 'counts', 'rows', 'table'],
+  data_fields=['held', 'memory', 'layer', 'lengths', 'counts', 'rows', 'table', 'sources'],
   meta_fields=['capacity', 'fresh'],
 )
 
@@ -307,6 +348,7 @@ def init_cache(
   append: int = APPEND,
   pages: int = 0,
   page: int = 0,
+  source: int = 0,
 ) -> Cache:
   """An empty cache for `rows` sequences of at most `capacity` tokens; a layer with a window has a
   ring of slots, if that is less.
@@ -320,47 +362,57 @@ def init_cache(
     append: tokens that may follow others in one call, at most.
     pages: of `page` slots each, in which all rows' tokens lie that are in no ring, and of which
       none is anyone's so far; 0: every row has slots of its own.
+    source: tokens of a source for which every row has room, whose row may then be read alone; 0:
+      who reads a source makes the room for it.
   Raises ValueError when the capacity passes the model's longest sequence, and for an encoder, which
   generates nothing; NotImplementedError on a mesh with stages for an encoder-decoder or layers of
   which some are on every stage.
   """
   _check_asked(config, capacity, dtype, append)
   dtype, latent = dtype or config.execution.dtype, config.latent
-  K, H = (1, latent.width + latent.rope_width) if latent.width else (config.K, config.H)
+  heads = (1, latent.width + latent.rope_width) if latent.width else (config.K, config.H)
   most = _whole(-(-capacity // ax.size('slots'))) * ax.size('slots')
 
-  def held(window, repeats):
-    least = _whole(window + append - 1) if window else most
-    ring, B, S = least < most, rows, min(least, most)
-    paged = bool(pages) and not ring
-    if paged:
-      B, S = pages, page
+  def empty(repeats, B, S, dtype, heads, values=True, **kind):
+    K, H = heads
     shape = jax.ShapeDtypeStruct((repeats, B, K, S, H), dtype)
-    axes = Held(shape, None, ring=ring, paged=paged).axes().keys
+    axes = Held(shape, None, **kind).axes().keys
 
     def zeros(width, dtype, axes):
       return ax.place(
         jnp.zeros((repeats, B, K, S, *width), dtype, out_sharding=ax.out(*axes)), *axes
       )
 
-    vectors = [zeros((H,), dtype, axes), None if latent.width else zeros((H,), dtype, axes)]
+    vectors = [zeros((H,), dtype, axes), zeros((H,), dtype, axes) if values else None]
     scales = [
       None if x is None or dtype != 'int8' else zeros((), jnp.float32, axes[:4]) for x in vectors
     ]
-    return Held(*vectors, *scales, ring, paged)
+    return Held(*vectors, *scales, **kind)
+
+  def held(window, repeats):
+    least = _whole(window + append - 1) if window else most
+    ring = least < most
+    paged = bool(pages) and not ring
+    B, S = (pages, page) if paged else (rows, min(least, most))
+    return empty(repeats, B, S, dtype, heads, not latent.width, ring=ring, paged=paged)
 
   lengths = ax.place(jnp.zeros((rows,), jnp.int32, out_sharding=ax.out('batch')), 'batch')
-  table = None
+  table = memory = None
   if pages:
     none = jnp.full(
       (rows, -(-capacity // page)), pages, jnp.int32, out_sharding=ax.out('batch', None)
     )
     table = ax.place(none, 'batch', None)
+  if source:
+    room = rows, _whole(source), config.execution.dtype, (config.K, config.H)
+    memory = tuple(empty(len(layers), *room) for _, layers in config.places)
   return Cache(
     tuple(held(kind.window, len(layers)) for kind, layers in config.places),
     lengths,
-    table=table,
-    capacity=capacity,
+    memory,
+    jnp.zeros_like(lengths) if source else None,
+    table,
+    capacity,
   )
 
 
@@ -393,101 +445,3 @@ def _whole(slots):
   """The next number of slots that kernels.cached takes."""
   unit = 8 if slots <= cached.BLOCK else cached.BLOCK
   return -(-slots // unit) * unit
-
-
-def repeated(cache: Cache, times: int) -> Cache:
-  """Every row so often, copies side by side."""
-
-  def each(lengths):
-    return jnp.repeat(jnp.arange(lengths.shape[0], dtype=jnp.int32), times)
-
-  return taken(cache, ax.local(each, (('batch',),), ('batch',))(cache.lengths))
-
-
-def taken(cache: Cache, rows: Int[Array, 'J']) -> Cache:
-  """A cache of these rows, each device's of its own (see Slots.rows), some of them more than once:
-  what was read of a row is there for all that go on from it.
-  """
-
-  def one(x, axes):
-    def take(x, rows):
-      return jnp.take(x, rows, axes.index('batch'), mode='clip')
-
-    return ax.local(take, (axes, ('batch',)), axes)(ax.place(x, *axes), rows)
-
-  def heads(x):
-    return ax.whole_or('kv_heads', x.shape[3])
-
-  held = tuple(jax.tree.map(one, held, held.axes()) for held in cache.held)
-  memory = jax.tree.map(
-    lambda x: one(x, (None, 'batch', None, heads(x), 'head_width')), cache.memory
-  )
-  segments = None if cache.memory_segments is None else one(cache.memory_segments, ('batch', None))
-  return dataclasses.replace(
-    cache,
-    held=held,
-    lengths=one(cache.lengths, ('batch',)),
-    memory=memory,
-    memory_segments=segments,
-  )
-
-
-def copied(cache: Cache, sources: Int[Array, 'J'], rows: Int[Array, 'J']) -> Cache:
-  """With what rows `sources` hold in these rows, too, each device's of its own (see Slots.rows); of
-  no memory.
-  """
-
-  def one(x, axes):
-    index = (slice(None),) * axes.index('batch')
-
-    def put(x, sources, rows):
-      return x.at[*index, rows].set(x.at[*index, sources].get(mode='clip'), mode='drop')
-
-    return ax.local(put, (axes, ('batch',), ('batch',)), axes)(x, sources, rows)
-
-  # Pages are shared by the table that names them.
-  held = tuple(held if held.paged else jax.tree.map(one, held, held.axes()) for held in cache.held)
-  return dataclasses.replace(cache, held=held, lengths=one(cache.lengths, ('batch',)))
-
-
-def reordered(cache: Cache, sources: Int[Array, 'P W'], shared: Int[Array, 'P']) -> Cache:
-  """Rows as P groups of W: row w of group p gets the tokens of row sources[p, w] of its group, all
-  of which hold equally many.
-
-  shared: how many first tokens are those of all rows of a group anyway: blocks of slots with no
-  others stay untouched, as do unused ones. Only a block is ever there twice. Memories are taken for
-  shared, too.
-  """
-
-  def one(held):
-    axes, parts = held.axes(), () if held.ring else ax.mesh_axes('slots')
-    run = functools.partial(_reorder, parts=parts)
-    return ax.local(run, (axes, ('batch', None), ('batch',), ('batch',)), axes)(
-      held, sources, shared, cache.lengths
-    )
-
-  return dataclasses.replace(cache, held=tuple(map(one, cache.held)))
-
-
-def _reorder(held, sources, shared, lengths, parts):
-  """On one device's rows and slots. parts: mesh axes that split the slots."""
-  (P, W), S = sources.shape, held.slots
-  block, offset = min(S, cached.BLOCK), jax.lax.axis_index(parts) * S if parts else 0
-  themselves = jnp.arange(W, dtype=jnp.int32)[None]
-  rows = (jnp.arange(P, dtype=jnp.int32)[:, None] * W + sources).reshape(-1)
-  moves = (sources != themselves).any(1)
-  end = jnp.clip(jnp.where(moves, lengths[::W], 0).max() - offset, 0, S)
-  begin = (
-    0
-    if held.ring
-    else jnp.clip(jnp.where(moves, shared, lengths[::W]).min() - offset, 0, S) // block
-  )
-
-  def step(index, held):
-    def move(buffer):
-      before = jax.lax.dynamic_slice_in_dim(buffer, index * block, block, 3)
-      return jax.lax.dynamic_update_slice_in_dim(buffer, before[:, rows], index * block, 3)
-
-    return jax.tree.map(move, held)
-
-  return jax.lax.fori_loop(begin, -(-end // block), step, held)

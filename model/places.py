@@ -25,8 +25,8 @@ class AnySlots(Protocol):
   def look(self, q: Float[Array, 'B T N H'], **how) -> Float[Array, 'B T N Hv']:
     """Attention of the call's tokens to all that is held."""
 
-  def remembered(self) -> tuple[Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
-    """Keys and values of cross-attention."""
+  def recall(self, q: Float[Array, 'B T N H'], **how) -> Float[Array, 'B T N H']:
+    """Attention of the call's tokens to their sources."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,12 @@ class AnyCache(Protocol):
 
   Attributes:
     lengths: [B] tokens of each row.
-    memory: what cross-attention looks up, or None. memory_segments: [B, S], of its source.
+    memory: what cross-attention looks up, or None. memory_lengths: [B] tokens of each source.
   """
 
   lengths: Any
   memory: Any
-  memory_segments: Any
+  memory_lengths: Any
 
   def lengths_of(self, rows: Int[Array, 'B'] | None) -> Int[Array, 'B']:
     """Tokens of these rows; None: of all."""
@@ -95,8 +95,10 @@ class AnyCache(Protocol):
   ) -> Places:
     """All places, for a call of `tokens` tokens a row, which are the row's where counts is None."""
 
-  def remembering(self, memory: tuple, segments: Int[Array, 'B S']) -> 'AnyCache':
-    """With what cross-attention looks up."""
+  def remembering(
+    self, memory: tuple, lengths: Int[Array, 'B'], rows: Int[Array, 'B'] | None
+  ) -> 'AnyCache':
+    """With what cross-attention looks up, in these rows; None: in all."""
 
   def longer(
     self, held: tuple, counts: Int[Array, 'B'], rows: Int[Array, 'B'] | None

@@ -59,7 +59,8 @@ def stacked_names(config: ModelConfig) -> Callable[[str], tuple[str, int | None]
     if stack is None:
       return name, None
     if stack == 'encoder':
-      return f'encoder.blocks.0.{rest}', int(layer)
+      place, repeat = (0, int(layer)) if config.execution.scan else (int(layer), 0)
+      return f'encoder.blocks.{place}.{rest}', repeat
     # An unstacked model has a place for each set of parameters.
     place, repeat = places[int(layer) * config.shared_layers]
     return f'stack.blocks.{place}.{rest}', repeat // config.shared_layers

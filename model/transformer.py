@@ -435,6 +435,7 @@ class EncoderDecoder(Decoder):
     source_segments: Int[Array, 'B S'] | None = None,
     counts: Int[Array, 'B'] | None = None,
     fresh: bool = False,
+    rows: Int[Array, 'B'] | None = None,
   ) -> Output:
     """As Decoder.__call__; the source comes with the call, or was read into the cache before
     (`read`).
@@ -447,25 +448,21 @@ class EncoderDecoder(Decoder):
         'an encoder-decoder needs its source: give it with the call, or read it into the cache '
         'first, and not both'
       )
-    begin = None if cache is None else cache.lengths
+    begin = None if cache is None else cache.lengths_of(rows)
     x, view = self._view(tokens, positions, segments, begin, None)
-    if cache is None:
-      memory = self.encode(source, source_positions, source_segments)
-      keys = source_segments
-    else:
+    if cache is not None:
       if cache.memory is None:
         raise ValueError('the cache holds no source; call EncoderDecoder.read first')
-      memory, keys = None, cache.memory_segments
+      return self.scaled(self.stack(x, view, cache, counts, fresh, rows))
+
+    memory, keys = self.encode(source, source_positions, source_segments), source_segments
     if segments is None:
       segments = ax.place(jnp.ones(tokens.shape, jnp.int32), 'batch', 'length')
     if keys is None:
       keys = ax.place(jnp.ones(source.shape, jnp.int32), 'batch', 'length')
-    view = dataclasses.replace(
-      view,
-      memory=memory,
-      memory_mask=Mask(causal=False, query_segments=segments, key_segments=keys),
-    )
-    return self.scaled(self.stack(x, view, cache, counts, fresh))
+    mask = Mask(causal=False, query_segments=segments, key_segments=keys)
+    view = dataclasses.replace(view, memory=memory, memory_mask=mask)
+    return self.scaled(self.stack(x, view, None))
 
   def encode(
     self,
@@ -480,13 +477,18 @@ class EncoderDecoder(Decoder):
     ).hidden
 
   def read(
-    self, cache: AnyCache, source: Int[Array, 'B S'], segments: Int[Array, 'B S']
+    self,
+    cache: AnyCache,
+    source: Int[Array, 'B S'],
+    lengths: Int[Array, 'B'],
+    rows: Int[Array, 'B'] | None = None,
   ) -> AnyCache:
-    """Encodes a source and keeps, in the cache, what every layer of the decoder looks up of it;
-    segments: 1, or 0 for padding.
+    """Encodes sources, of so many tokens and padding behind them, and keeps, in the cache, what
+    every layer of the decoder looks up of them. rows: as of Decoder.__call__.
     """
-    memory = self.stack.keys_values(self.encode(source, segments=segments))
-    return cache.remembering(memory, segments)
+    real = (jnp.arange(source.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
+    memory = self.stack.keys_values(self.encode(source, segments=real))
+    return cache.remembering(memory, lengths, rows)
 
 
 def init(config: ModelConfig, seed: int) -> Decoder:

@@ -73,7 +73,8 @@ class Desk:
   def encoded(self, prompt: str | Sequence[int]) -> list[int]:
     """The ids that the model reads. Raises ValueError for none, and for what is no id."""
     if isinstance(prompt, str):
-      return [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
+      ids, encoder = self.tokenizer.encode(prompt), self._plain.encoder
+      return [*ids, self.tokenizer.eos] if encoder else [self.tokenizer.bos, *ids]
     ids = list(prompt)
     if not ids:
       raise ValueError('a prompt has no ids; give at least one')
@@ -86,7 +87,11 @@ class Desk:
 
   def room(self, tokens: int, adapter: str = '') -> int:
     """New tokens for which there is room behind a prompt of so many, at most."""
-    return max(0, self._engine.sizes.capacity - self._front(adapter).behind(tokens))
+    front, sizes = self._front(adapter), self._engine.sizes
+    if not front.encoder:
+      return max(0, sizes.capacity - front.behind(tokens))
+    # What a decoder writes begins with one token, whatever its encoder has read.
+    return sizes.capacity - 1 if tokens <= self._readable(front) else 0
 
   def submit(self, call: Call) -> Ticket:
     """See serving.service.Service."""
@@ -100,12 +105,13 @@ class Desk:
     plain = dataclasses.replace(call.options, num_samples=1)
     sampling = sampling_of(plain, 1, self.vocabulary)
     request = Request(
-      front.row(ids),
+      [self.tokenizer.pad] if front.encoder else front.row(ids),
       call.options.max_new_tokens,
       sampling,
       ends,
       adapter=front.index,
       salt=call.salt,
+      source=front.whole(ids) if front.encoder else (),
     )
     self._engine.check(request)
 
@@ -227,6 +233,11 @@ class Desk:
   def _woken(self) -> None:
     """There is something to do: for who steps."""
 
+  def _readable(self, front: Front) -> int:
+    """Tokens of a text that there is room to read."""
+    sizes = self._engine.sizes
+    return (sizes.source if front.encoder else sizes.capacity) - len(front.soft)
+
   def _front(self, adapter: str) -> Front:
     if not adapter:
       return self._plain
@@ -250,15 +261,23 @@ class Desk:
 
   def _check_room(self, call: Call, tokens: int) -> None:
     new, room = call.options.max_new_tokens, self.room(tokens, call.options.adapter)
-    if new > room:
+    if new <= room:
+      return
+    front = self._front(call.options.adapter)
+    most = self._readable(front)
+    if front.encoder:
       raise ValueError(
-        f'a prompt of {tokens} tokens and max_new_tokens={new} pass the '
-        f'{self.room(0, call.options.adapter)} tokens that a row holds; ask for at most {room} new '
-        'ones, or shorten the prompt'
+        f'max_new_tokens={new}, of at most {room} that a row holds; ask for fewer'
         if room
-        else f'a prompt of {tokens} tokens leaves no room for new ones, of the '
-        f'{self.room(0, call.options.adapter)} tokens that a row holds; shorten it'
+        else f'a prompt of {tokens} tokens, of at most {most} that the encoder reads; shorten it'
       )
+    raise ValueError(
+      f'a prompt of {tokens} tokens and max_new_tokens={new} pass the {most} tokens that a row '
+      f'holds; ask for at most {room} new ones, or shorten the prompt'
+      if room
+      else f'a prompt of {tokens} tokens leaves no room for new ones, of the {most} tokens that a '
+      'row holds; shorten it'
+    )
 
 
 def _within(what: str, value: Any, most: int) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from decode.embedder import Embedder, check_pooling, lengths_to
+from decode.embedder import Embedder, check_pooling
 from decode.front import Front
 from decode.loaded import LoadedModel
-from decode.sizes import Request, Sizes, Use
+from decode.sizes import Request, Sizes, Use, lengths_to
 from serving.jobs import Job
 
 WRITES_NOTHING = 'this model is an encoder, which writes nothing; ask /v1/embeddings'

@@ -7,14 +7,14 @@ import jax
 
 from decode.drafted import DraftingEngine
 from decode.drafted_pages import DraftingPagedEngine
-from decode.embedder import Embedder, check_pooling, lengths_to
+from decode.embedder import Embedder, check_pooling
 from decode.engine import Engine
 from decode.front import Front
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
 from decode.paged import PagedEngine
 from decode.scorer import PromptScorer
-from decode.sizes import Request, Sizes, Use, check
+from decode.sizes import Request, Sizes, Use, check, lengths_to
 from model.config import ModelConfig
 from model.weights import adapters
 from parallel.gathering import everywhere
@@ -25,6 +25,9 @@ BLOCK = 128  # tokens of prompts that are shared together, about
 READ_BY_CPU = 64  # tokens of a prompt that a CPU reads together: more gain nothing there, and the
 # last part of a prompt costs as much as a whole one
 LONGEST = 4096  # tokens of a row of a model that has no end of positions
+# The same of an encoder-decoder: every row has room for a source as long, too.
+LONGEST_SOURCE = 1024
+BEGINS = 16  # tokens that begin what its decoder writes, at most
 
 
 def sizes_for(model: LoadedModel, **given: int) -> Sizes:
@@ -34,8 +37,8 @@ def sizes_for(model: LoadedModel, **given: int) -> Sizes:
   """
   config, count = model.model.config, adapters(model.model)
   if model.mesh.devices.flat[0].platform == 'cpu' and not given.get('read_tokens'):
-    longest = given.get('capacity') or config.max_length or LONGEST
-    given['read_tokens'] = min(READ_BY_CPU, longest)
+    longest = given.get('capacity') or _longest(config)
+    given['read_tokens'] = min(BEGINS if config.encoder_layers else READ_BY_CPU, longest)
   return row_sizes(config, model.parts, model.vocabulary, count, **given)
 
 
@@ -45,8 +48,8 @@ def row_sizes(
   """The same of a model of this config, of so many ids and adapters; parts: of the mesh, that have
   rows of their own.
   """
-  capacity = given.get('capacity') or config.max_length or LONGEST
-  read = given.get('read_tokens') or min(BLOCK, capacity)
+  capacity = given.get('capacity') or _longest(config)
+  read = given.get('read_tokens') or min(BEGINS if config.encoder_layers else BLOCK, capacity)
   asked = {
     'rows': 16 * parts,
     'alternatives': min(20, vocabulary),
@@ -54,12 +57,17 @@ def row_sizes(
     'states': 2**13,
     'classes': 512,
     'block': -(-BLOCK // read) * read,
+    'source': capacity if config.encoder_layers else 0,
     **given,
     'capacity': capacity,
     'read_tokens': read,
     'adapters': adapters,
   }
   return Sizes(**asked)
+
+
+def _longest(config: ModelConfig) -> int:
+  return config.max_length or (LONGEST_SOURCE if config.encoder_layers else LONGEST)
 
 
 # By whether they draft, and whether they have pages.
@@ -81,14 +89,15 @@ class EngineRows:
     """scores: whether it scores prompts, too, for which there is one more row, and a program.
     pooling: by which it embeds texts; '': it does not.
 
-    Raises ValueError and NotImplementedError for sizes that the mesh does not take, for a model
-    that is no decoder alone, and as decode.embedder.check_pooling.
+    Raises ValueError and NotImplementedError for sizes that the mesh does not take, for what an
+    encoder-decoder is not for, and as decode.embedder.check_pooling.
     """
     config = model.model.config
-    if config.encoder_layers:
-      raise NotImplementedError(
-        f'model.encoder_layers={config.encoder_layers}: an encoder-decoder is not served; use '
-        'generate.py'
+    if config.encoder_layers and (scores or pooling):
+      asked = 'prompt_logprobs' if scores else f'pooling={pooling!r}'
+      raise ValueError(
+        f'{asked} of an encoder-decoder (model.encoder_layers={config.encoder_layers}), whose '
+        'encoder reads prompts and whose decoder answers; leave it out'
       )
     if pooling:
       check_pooling(pooling, causal=True)

@@ -329,7 +329,7 @@ class Scheduler:
     )
 
   def _note_read(self, row: int, sample: RowCall) -> None:
-    cached, prompt = self._engine.cached(row), len(sample.request.prompt)
+    cached, prompt = self._engine.cached(row), sample.request.tokens
     if sample.index == sample.ticket.call.samples[0]:
       sample.ticket.usage.cached = cached
     self._counts.update(hit=cached, queried=prompt, prompt=prompt - cached)

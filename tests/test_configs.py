@@ -104,7 +104,7 @@ def test_there_are_configs():
   assert ROOT / 'configs' / 'tiny.py' in FILES
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'path', [path for path in FILES if path not in DECLARED], ids=lambda path: path.stem
 )

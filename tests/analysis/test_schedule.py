@@ -420,6 +420,7 @@ def test_every_slice_may_take_part(mesh):
     schedule.collectives(send.replace('TARGET', '{1,2}x{0:3}').replace('TYPE', 'ONE'), slices)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_tpu_moves_what_its_sharding_says(tpu_step):
   """Weights are gathered over fsdp; over tensor activations are gathered, and summed and dealt out;
   nothing moves over an axis of size 1.

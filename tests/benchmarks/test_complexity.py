@@ -99,6 +99,7 @@ def test_operations_are_the_models(points):
   assert 1.25 * one < points['training, remat sqrt']['flops'] < 1.67 * one  # two more
 
 
+@pytest.mark.slow
 def test_memory_holds_the_cache_and_no_parameters(points):
   cache = 2 * 4 * SMALL.L * 128 * SMALL.K * SMALL.H
   assert 2 * cache > points['generation, cache']['memory'] >= cache
@@ -205,6 +206,7 @@ def test_a_tpus_points_are_predicted(topology):
   )
 
 
+@pytest.mark.slow
 def test_short_programs_are_timed_and_long_ones_not(monkeypatch):
   ran = []
   monkeypatch.setattr(complexity.common, 'seconds', lambda run: ran.append(run()) or 0.5)

@@ -23,6 +23,7 @@ MODEL = ModelConfig(
 )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('way', zero.WAYS)
 def test_the_formula_is_the_real_state(way):
   """Of 4 chips: every part within 3%, activations within 10%

@@ -178,6 +178,7 @@ def simulated(rng, documents, similarity, shared):
 
 
 # Of documents without and with a phrase in common, which fills the bands of many with one key.
+@pytest.mark.costly
 @pytest.mark.parametrize('threshold', [0.5, 0.75, 0.9, 1.0])
 @pytest.mark.parametrize('shared', [0.0, 0.9])
 def test_of_all_pairs_at_the_threshold_nearly_all_are_found(threshold, shared, monkeypatch):

@@ -241,6 +241,7 @@ def test_a_user_defined_piece_with_spaces_is_refused():
     gguf_tokenizer.read(file)
 
 
+@pytest.mark.slow
 def test_a_run_has_the_tokenizer_its_ends_and_its_template(tmp_path):
   from data.chat import ChatTemplate
   from data.generation import ends

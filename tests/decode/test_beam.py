@@ -17,7 +17,7 @@ from decode.generator import Generator
 from decode.loop import Rules, decode_chunk, prefill
 from decode.sampling import make_sampling
 from kernels import cached
-from model import cache as caches, transformer
+from model import moves, transformer
 from model.cache import APPEND, init_cache
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from parallel import axes as ax
@@ -212,16 +212,18 @@ def check_penalties(model):
       np.testing.assert_allclose(score, expected.mean(), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_penalties_and_bias_change_log_probabilities_that_are_not_normalised_again(model):
   check_penalties(model)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('fault', ['cache', 'other prompts', 'history'])
 def test_planted_faults_break_it(model, fault, monkeypatch):
   """A cache that is not reordered; beams of other prompts mixed in;
   penalties that look at another beam's tokens.
   """
-  searching, moving, choosing = beam.search.__wrapped__, caches.reordered, beam._chosen
+  searching, moving, choosing = beam.search.__wrapped__, moves.reordered, beam._chosen
 
   def forgetful(state, *others):
     new, *rest = choosing(state, *others)
@@ -230,10 +232,10 @@ def test_planted_faults_break_it(model, fault, monkeypatch):
     ), *rest
 
   if fault == 'cache':
-    monkeypatch.setattr(caches, 'reordered', lambda cache, sources, shared: cache)
+    monkeypatch.setattr(moves, 'reordered', lambda cache, sources, shared: cache)
   elif fault == 'other prompts':
     monkeypatch.setattr(
-      caches,
+      moves,
       'reordered',
       lambda cache, sources, shared: moving(cache, sources.reshape(1, -1), shared[:1]),
     )
@@ -549,6 +551,7 @@ def test_a_constraint_is_kept_to(generator):
     )
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_numbers_raise():
   broken = make_generator({})
   broken.model = jax.tree.map(lambda x: x * jnp.nan, broken.model)

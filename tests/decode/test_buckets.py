@@ -53,6 +53,7 @@ def chunk_of(dtype, state, steps):
   return jax.tree.map(np.asarray, chunk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('buckets', BUCKETS)
 @pytest.mark.parametrize(
   'dtype, bound',

@@ -221,6 +221,7 @@ def spellings(tokenizer, data):
 SPELT = [r'(the|é|the quick)( fox)?', r'[hé]?(el|l)*o', '(naïve|café|über|ß)+']
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'pattern, kind',
   [

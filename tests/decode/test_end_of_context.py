@@ -59,6 +59,7 @@ def test_rows_that_end_themselves_say_nothing(generator):
   assert_ended_by_context(cut)
 
 
+@pytest.mark.slow
 def test_a_stop_as_the_very_last_token_is_a_stop(generator):
   (free,) = generator(SHORT, seed=3, **GOES_ON)
   last = free.ids[-1]
@@ -95,6 +96,7 @@ def test_streams_and_ids_end_there_too(generator):
   assert generator.report.notes == (whole.note,)
 
 
+@pytest.mark.slow
 def test_a_session_ends_there_and_its_own_capacity_is_told_apart(generator):
   session = generator.session().append(SHORT)
   completion = session(seed=3, **GOES_ON)
@@ -109,6 +111,7 @@ def test_a_session_ends_there_and_its_own_capacity_is_told_apart(generator):
   assert small.truncate(5)(max_new_tokens=7, **GOES_ON).note == ''
 
 
+@pytest.mark.slow
 def test_rows_of_an_engine_end_where_they_are_full(generator):
   sizes = Sizes(rows=2, capacity=LIMIT, read_tokens=16, bias=4)
   engine = Engine(generator.model.config, generator.mesh, sizes, vocabulary=generator.vocabulary)

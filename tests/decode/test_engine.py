@@ -44,6 +44,7 @@ MODELS = {
   'experts': dict(moe=MoEConfig(experts=4, per_token=2, feed_forward=8)),
   'latent': dict(latent=LatentConfig(width=6, rope_width=4, value_width=3), kv_heads=4),
   'bytes': {},
+  'seq2seq': dict(encoder_layers=2, position='relative', max_length=0),  # tests/decode/test_encoded
 }
 SIZES = Sizes(
   rows=B, capacity=CAPACITY, read_tokens=C, steps=5, bias=12, ends=4, states=70, classes=64
@@ -71,6 +72,8 @@ def engine_of(name, dtype='float32', mesh=None, **sizes):
   model = model_of(name, dtype, mesh=mesh)
   if name == 'bytes':
     sizes['cache_dtype'] = 'int8'
+  if name == 'seq2seq':
+    sizes['source'] = CAPACITY
   sizes = dataclasses.replace(SIZES, **sizes)
   engine = Engine(model.config, mesh or one_device(), sizes, vocabulary=IDS)
   engine.compile(model)
@@ -106,11 +109,11 @@ def poison(engine):
     fill = np.nan if jnp.issubdtype(x.dtype, jnp.floating) else 77
     return jax.device_put(np.full(x.shape, fill, x.dtype), x.sharding)
 
-  state = engine.state
-  held = jax.tree.map(garbage, state.cache.held)
+  state, cache_ = engine.state, engine.state.cache
+  held, memory = jax.tree.map(garbage, (cache_.held, cache_.memory))
   engine.state = dataclasses.replace(
     state,
-    cache=dataclasses.replace(state.cache, held=held),
+    cache=dataclasses.replace(cache_, held=held, memory=memory),
     logits=garbage(state.logits),
     history=jax.tree.map(
       lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding), state.history
@@ -148,18 +151,18 @@ def together(engine, model, requests):
   return {index: bits(written) for index, written in complete(engine, model, requests)}
 
 
-def check_company(engine, model):
+def check_company(engine, model, requests=REQUESTS):
   """Bit for bit the same alone, among others in every order, in any row, after others."""
-  expected = [alone(engine, model, asked, 0) for asked in REQUESTS]
-  assert len({tuple(ids) for ids, *_ in expected}) == len(REQUESTS)
+  expected = [alone(engine, model, asked, 0) for asked in requests]
+  assert len({tuple(ids) for ids, *_ in expected}) == len(requests)
   for index in (1, 4):
-    assert alone(engine, model, REQUESTS[index], 5) == expected[index], 'in another row'
+    assert alone(engine, model, requests[index], 5) == expected[index], 'in another row'
 
   orders = [range(8), range(7, -1, -1), (3, 3, 6, 1, 1, 0, 2, 7, 5, 4, 6)]
   engine.reset()
   poison(engine)
   for order in orders:  # each after all that the one before has left behind
-    found = together(engine, model, [REQUESTS[i] for i in order])
+    found = together(engine, model, [requests[i] for i in order])
     assert [found[n] for n in range(len(found))] == [expected[i] for i in order]
 
 
@@ -339,7 +342,7 @@ def counted_reads(engine):
   run, calls = engine._run, []
 
   def counting(name, *arguments):
-    calls.extend([name] * (name == 'read'))
+    calls.extend([name] * name.startswith('read'))
     return run(name, *arguments)
 
   engine._run = counting
@@ -352,15 +355,15 @@ def counted_reads(engine):
 PARTS = -(-len(REQUESTS[1].prompt) // C)  # in which a prompt is read
 
 
-def check_samples(engine, model):
+def check_samples(engine, model, request=REQUESTS[1], parts=PARTS):
   """Rows that join with one prompt read it once on each part of the mesh, all parts at a time, and
-  write bit for bit what each would have written alone.
+  write bit for bit what each would have written alone. parts: calls that read it.
   """
   poison(engine)
-  many = samples(REQUESTS[1], B)
+  many = samples(request, B)
   with counted_reads(engine) as calls:
     found = together(engine, model, many)
-  assert len(calls) == PARTS
+  assert len(calls) == parts
   for row in (0, 1, B - 1):
     assert found[row] == alone(engine, model, many[row], row)
   assert len({tuple(ids) for ids, *_ in found.values()}) == B
@@ -551,7 +554,21 @@ def test_calls_that_make_no_sense_raise():
     ({}, dict(data=2), dict(rows=3), ValueError, 'rows=3 do not split over the 2 parts'),
     ({}, dict(data=2), dict(read_rows=1), ValueError, 'read_rows=1 do not split'),
     ({}, dict(data=1, stage=2), {}, NotImplementedError, 'an engine over mesh.stage=2'),
-    (dict(encoder_layers=1), {}, {}, NotImplementedError, 'model.encoder_layers=1: what an'),
+    (
+      dict(encoder_layers=1),
+      {},
+      {},
+      ValueError,
+      'source=0 of an engine for model.encoder_layers=1',
+    ),
+    ({}, {}, dict(source=8), ValueError, 'source=8 of an engine for model.encoder_layers=0'),
+    (
+      dict(encoder_layers=1),
+      {},
+      dict(source=80),
+      ValueError,
+      'source=80 of an engine passes model.max_length=64',
+    ),
     (
       dict(moe=MoEConfig(experts=2, dispatch='capacity', feed_forward=8)),
       {},
@@ -582,9 +599,6 @@ def test_rows_of_a_cache_that_cannot_be_named_raise():
     paged = cache.init_cache(model.config, 1, 16, pages=4, page=8)
     with pytest.raises(NotImplementedError, match='pages of a cache with fresh=True'):
       jax.eval_shape(lambda: model(tokens, cache=paged, fresh=True))
-    memorised = dataclasses.replace(empty, memory=((None, None),) * 2)
-    with pytest.raises(NotImplementedError, match='rows of a cache of an encoder-decoder'):
-      jax.eval_shape(lambda: model(tokens, cache=memorised, rows=row))
 
 
 @pytest.mark.slow
@@ -719,13 +733,18 @@ def traced_anew():
   [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in FAULTS if name not in FIRST)],
 )
 def test_planted_faults_are_noticed(fault, monkeypatch, traced_anew):
-  owner, name, old, new, check = FAULTS[fault]
+  *what, check = FAULTS[fault]
+  plant(monkeypatch, *what)
+  engine, model = engine_of.__wrapped__('llama'), model_of('llama')
+  with pytest.raises((AssertionError, RuntimeError)):
+    check(engine, model)
+
+
+def plant(monkeypatch, owner, name, old, new):
+  """A fault, in the text of a function of a module or class."""
   function = getattr(owner, name)
   text = textwrap.dedent(inspect.getsource(function))
   assert text.count(old) == 1, f'{old!r} is not what it says any more'
   names = dict(vars(inspect.getmodule(function)))
   exec(text.replace(old, new), names)
   monkeypatch.setattr(owner, name, names[name])
-  engine, model = engine_of.__wrapped__('llama'), model_of('llama')
-  with pytest.raises((AssertionError, RuntimeError)):
-    check(engine, model)

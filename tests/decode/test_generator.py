@@ -224,6 +224,7 @@ def test_scores_are_of_capped_logits():
   np.testing.assert_allclose(generator.score([ids])[0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'chunk', [5, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (1, 16))]
 )
@@ -271,6 +272,7 @@ def test_a_long_prompt_is_read_in_pieces(generator, monkeypatch):
   assert same(found[0], expected) and same(found[1], generator('x', seed=1, **options)[0])
 
 
+@pytest.mark.slow
 def test_bytes_in_the_cache_and_in_the_weights_are_near(generator):
   long = generator.score([generator('def main(', max_new_tokens=40, seed=1)[0].ids])[0]
   small = Generator(generator.model, generator.tokenizer, generator.mesh, weights='int8')
@@ -462,6 +464,7 @@ def test_a_listener_hears_of_an_interrupt(generator, monkeypatch, way):
   assert 0 < len(heard) < len(expected) and heard == expected[: len(heard)]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('options', [{}, {'lookup': 1}, {'beams': 2}], ids=str)
 def test_the_first_token_comes_alone_and_nothing_is_dispatched_before_it_is_timed(
   generator, monkeypatch, options
@@ -591,6 +594,7 @@ def test_behind_the_last_seed_comes_the_first(generator):
   ] == [last, sample_seed(last, 1), 5, sample_seed(5, 1)]
 
 
+@pytest.mark.slow
 def test_ids_that_the_tokenizer_lacks_are_neither_read_nor_reported(alone):
   """The table of embeddings has 264 rows, the tokenizer 259 ids."""
   for options, words in (

@@ -164,6 +164,7 @@ def test_a_row_ends_at_eos_and_leaves_its_neighbours_alone(model):
     )
 
 
+@pytest.mark.slow
 def test_a_row_stops_at_its_length(model):
   for new in (1, 3):
     rows, state = generate(model, PROMPTS, greedy(3), chunks=(7,), new=new)

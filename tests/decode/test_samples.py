@@ -121,6 +121,7 @@ def test_a_prompt_is_read_once_however_many_samples_there_are(generator, monkeyp
   assert len(found) == 3 * samples
 
 
+@pytest.mark.slow
 def test_a_search_reads_its_prompt_once_and_says_so(generator, monkeypatch):
   calls = counted(monkeypatch)
   generator('abc', beams=4, num_samples=2, max_new_tokens=4)
@@ -176,6 +177,7 @@ def test_neighbouring_seeds_share_no_text(generator):
   assert len(set(texts)) == len(texts)
 
 
+@pytest.mark.slow
 def test_the_first_sample_is_the_request_and_the_others_can_be_asked_for(generator):
   four = generator('abc', num_samples=4, seed=9, max_new_tokens=8)
   assert [c.seed for c in four] == [sample_seed(9, i) for i in range(4)]

@@ -233,6 +233,7 @@ def test_a_turn_is_reported(generator):
   ) and 0 < report.first_token <= report.seconds
 
 
+@pytest.mark.slow
 def test_a_full_cache_says_so(generator):
   session = generator.session(capacity=12).append('abc')
   found = session(max_new_tokens=30, temperature=0.0, logit_bias={2: -np.inf})

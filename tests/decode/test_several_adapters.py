@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import config_of
-from test_engine import compilations
 
 from data.tokenizers import ByteTokenizer
 from decode import loop
@@ -27,6 +25,8 @@ from model.weights.bank import Bank
 from model.weights.int8 import Int8
 from model.weights.plain import Plain
 from parallel.mesh import MeshConfig, make_mesh
+from tests.decode.small import config_of
+from tests.decode.test_engine import compilations
 
 LORA = AdapterConfig(kind='lora', rank=3, alpha=6.0)
 CONFIGS = {
@@ -267,6 +267,7 @@ def test_searches_drafts_sessions_and_batches_take_one(generator):
   assert ''.join(other.say('one text')) == talk.turns[0].answer
 
 
+@pytest.mark.slow
 def test_names_and_numbers_that_there_are_not(generator):
   with pytest.raises(ValueError, match="adapter='order' is unknown; did you mean 'orders'"):
     generator('a', adapter='order')

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import config_of
-from test_several_adapters import LORA, awake, mesh_of
 
 from data.tokenizers import ByteTokenizer
 from decode.bulk import complete
@@ -24,6 +22,8 @@ from model import adapters, soft, transformer
 from model.adaptation import AdapterConfig
 from model.config import LatentConfig
 from model.weights import adapters as banks_of, read
+from tests.decode.small import config_of
+from tests.decode.test_several_adapters import LORA, awake, mesh_of
 
 CONTEXT = 30
 CONFIGS = {
@@ -151,6 +151,7 @@ def with_adapter(models, settings, change=lambda x: x, model=None):
   return Generator(base, ByteTokenizer(), models.mesh, adapters={'words': pair})
 
 
+@pytest.mark.slow
 def test_what_goes_beside_no_other_is_refused_by_name(generator):
   models, prompt = models_of(), CONFIGS['spell']
   for settings in (prompt, CONFIGS['sums']):

@@ -188,6 +188,7 @@ def test_results_of_a_model_become_a_report(tmp_path, capsys, monkeypatch):
     bias.main([str(tmp_path), f'--data={tmp_path}'])
 
 
+@pytest.mark.slow
 def test_an_encoder_finds_pairs_by_what_they_share():
   """Each token that both have masked by itself, from all logits of one row alone."""
   g, pairs = generator('bert'), [('he is mad', 'she is mad'), ('a cook sat', 'a cat sat by')]

@@ -85,6 +85,7 @@ def test_scores_are_told_as_hugging_face_lists_them(tmp_path):
     card.of_results('bias', [tmp_path])
 
 
+@pytest.mark.slow
 def test_a_rise_is_found_where_it_is_and_nowhere_else():
   draw = np.random.default_rng(0)
   periods = [f'{2018 + i // 20}' for i in range(160)]

@@ -121,6 +121,7 @@ def evaluations(tmp_path_factory):
   return directory
 
 
+@pytest.mark.slow
 def test_two_evaluations_are_compared_question_by_question(evaluations, capsys):
   a, b = (str(evaluations / name) for name in 'ab')
   compare.main([a, b, '--target=choose'])

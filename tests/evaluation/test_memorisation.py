@@ -148,6 +148,7 @@ def test_how_many_candidates_bound_an_exposure():
   assert mean == pytest.approx(canaries.CHANCE, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_whole_space_is_gone_through():
   space = Space('{secret}', 'ab', 4)
   secrets = space.secrets(3, 1)

@@ -62,6 +62,7 @@ def test_eight_devices_say_the_same(name):
   np.testing.assert_allclose(logs(scored(name, data=8)), logs(scored(name)), atol=3e-5)
 
 
+@pytest.mark.slow
 def test_what_a_greedy_model_writes_is_told():
   g = generator('llama')
   prompts = [[1, *LONG], [1, *LONG], [1, 5]]
@@ -71,6 +72,7 @@ def test_what_a_greedy_model_writes_is_told():
   assert [each.greedy for each in made] == [True, False, True]
 
 
+@pytest.mark.slow
 def test_a_stream_compiles_few_programs():
   """Of any number of pairs, whose lengths are anything up to the context."""
   rng = np.random.default_rng(0)

@@ -294,6 +294,7 @@ def test_xla_is_the_reference(index):
 EXACT = [backend for backend, honoured in HONOURS.items() if 'float32' in honoured]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('backend', EXACT)
 def test_low_precision_inputs_keep_a_precise_log_sum_exp(backend):
   q, k, v, _ = (x.astype(jnp.bfloat16) for x in inputs(9, 9, 4, 2, 8, 8))

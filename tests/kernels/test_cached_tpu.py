@@ -104,6 +104,7 @@ def test_what_is_held_and_how(small_blocks, how):
   compare(2, **dict(S=80, window=0, softcap=0.0, latent=0) | how)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('rows', [[1], [2, 0]])
 def test_some_rows_of_a_buffer_are_looked_at(small_blocks, rows):
   q, held, layer, first, lengths, queries = made(2, 80, dtype='int8')
@@ -183,6 +184,7 @@ CASES = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'chip',
   [

@@ -182,6 +182,7 @@ def test_sixteen_bits_lose_what_rounding_loses(small_steps):
     )
 
 
+@pytest.mark.slow
 def test_sums_by_lane_are_sums(monkeypatch):
   """What v5e does: several lanes' worth of keys a step, and a sink that is one in all lanes
   together.
@@ -274,6 +275,7 @@ def test_calls_for_ranges_of_blocks_are_one_call(case, small_steps, monkeypatch)
     run(2)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'parts, T, steps',
   [

@@ -89,6 +89,7 @@ def test_the_loop_over_groups(backend, data, shape):
   check_drawn(data, shape, backend)
 
 
+@pytest.mark.slow
 @given(st.data(), st.sampled_from(INTERPRETED))
 @settings(max_examples=15)
 def test_the_loop_over_groups_interpreted(data, shape):

@@ -44,6 +44,7 @@ def test_rows_that_grow_by_unequal_pieces(name, rings):
   laws.check_appending(laws.make_config(name), rings=rings)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'name, dtype, bound',
   [
@@ -95,7 +96,7 @@ def test_an_encoder_decoder_layer_by_layer(one_device):
   )(stacked)
   model, run = rearranged.unstacked(stacked), laws.appending(4)
   cache = jax.jit(lambda *args: args[0].read(*args[1:]))(
-    model, init_cache(model.config, 2, 12), source, real
+    model, init_cache(model.config, 2, 12), source, real.sum(1)
   )
   logits, cache = run(model, cache, tokens[:, :4], jnp.asarray([4, 3]), fresh=True)
 
@@ -116,6 +117,7 @@ def test_an_encoder_decoder_layer_by_layer(one_device):
   assert cache.lengths.tolist() == [8, 7]
 
 
+@pytest.mark.slow
 def test_bytes_of_weights_and_of_a_cache_go_together(one_device):
   model = jax.jit(in_bytes)(rearranged.unstacked(laws.make_model(laws.make_config('gpt-oss'))))
   tokens, step = laws.tokens_of(model.config, 2, 6), laws.cached()

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType
 
 from kernels import cached
-from model import cache as caches
+from model import moves
 from model.cache import init_cache
 from model.execution import ExecutionConfig
 from parallel import axes as ax
@@ -152,12 +152,12 @@ def test_rows_are_repeated_and_reordered_where_they_lie(monkeypatch):
       cache = dataclasses.replace(
         fill(cache), lengths=place(np.array([41] * 3 + [30] * 3, np.int32), 'batch')
       )
-      actual = jax.jit(caches.reordered)(
+      actual = jax.jit(moves.reordered)(
         cache, place(sources, 'batch', None), place(shared, 'batch')
       )
       return [
         np.asarray(x)
-        for x in jax.tree.leaves((actual, jax.jit(caches.repeated, static_argnums=1)(fill(two), 3)))
+        for x in jax.tree.leaves((actual, jax.jit(moves.repeated, static_argnums=1)(fill(two), 3)))
       ], cache
 
   (expected, before), (actual, _) = run({}), run({'context': 2, 'data': 2, 'tensor': 2})

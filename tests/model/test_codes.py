@@ -182,6 +182,7 @@ MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}
 EXPERTS = {'data': 1, 'expert': 2, 'fsdp': 2, 'tensor': 2}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'family, sizes, scheme',
   [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from decode.loop import prefill
-from model import transformer
+from model import rearranged, transformer
 from model.cache import init_cache
 from model.config import ModelConfig
 from model.params import abstract, named_leaves
@@ -97,6 +97,7 @@ def test_a_decoder_sees_its_past_and_all_of_its_source(config, one_device):
     ), s
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('config', [T5, ROPE], ids=['t5', 'rope'])
 def test_cached_decode_is_the_full_forward(config, one_device):
   model, tokens, source = (
@@ -108,13 +109,24 @@ def test_cached_decode_is_the_full_forward(config, one_device):
   full = np.asarray(scores(model, tokens, source, None, counts))
   step, read = laws.cached(), jax.jit(lambda model, *args: model.read(*args))
   for split in ([1] * 9, [4, 1, 4]):
-    cache, seen = read(model, init_cache(config, 2, 16), source, counts), 0
+    cache, seen = read(model, init_cache(config, 2, 16), source, counts.sum(1)), 0
     for size in split:
       logits, cache = step(model, tokens[:, seen : seen + size], cache)
       np.testing.assert_allclose(
         logits, full[:, seen : seen + size], rtol=1e-5, atol=1e-5 * np.abs(full).max()
       )
       seen += size
+
+
+@pytest.mark.parametrize('config', [T5, ROPE], ids=['t5', 'rope'])
+def test_layers_that_are_by_themselves_stay_as_they_are(config, one_device):
+  """In the encoder, too: a run with model.execution.scan=False generates by its own layers."""
+  once = rearranged.unstacked(laws.make_model(config))
+  again = rearranged.unstacked(once)
+  leaves, same = named_leaves(once), named_leaves(again)
+  assert leaves.keys() == same.keys() and all((leaves[name] == same[name]).all() for name in same)
+  queries = [np.asarray(block.attention.q[...]) for block in once.encoder.blocks]
+  assert len(queries) == 3 and (queries[0] != queries[1]).all() and (queries[1] != queries[2]).all()
 
 
 def test_a_window_of_an_encoder_looks_to_either_side(one_device):
@@ -147,7 +159,7 @@ def test_padding_of_a_source_changes_nothing(one_device):
     jnp.asarray([5], jnp.int32),
     init_cache(T5, 1, 8),
     jnp.asarray([8], jnp.int32),
-    (source, counts),
+    (source, counts.sum(1)),
   )
   np.testing.assert_allclose(
     state.logits, expected[:, -1], rtol=1e-5, atol=1e-5 * np.abs(expected).max()

@@ -61,6 +61,7 @@ def read(name: str, **changes):
 # What the models compute.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'name',
   [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES],

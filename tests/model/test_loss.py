@@ -91,6 +91,7 @@ def test_a_vocabulary_of_prime_size():
   check(inputs(V=13), 0.1, 2.0, 14 * 5)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'sizes', [{'data': 8}, {'data': 2, 'tensor': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}], ids=str
 )

@@ -87,6 +87,7 @@ def test_eight_devices_are_one(sizes, expected):
   check(make_mesh(MeshConfig(**sizes)), expected)
 
 
+@pytest.mark.slow
 def test_the_auto_twin_gives_the_same(expected):
   """The same code on a mesh of auto axes."""
   check(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), axis_type=AxisType.Auto), expected)
@@ -97,7 +98,7 @@ def test_another_backend_and_remat_split_too(expected):
   check(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), expected, config)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'strategy, remat, sizes',
   [
@@ -139,6 +140,7 @@ def test_architectures_split_their_rows(name, strategy):
   check(make_mesh(MeshConfig(context=2 if config.latent.width else 4)), alone, config)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'sizes, axis_type',
   [
@@ -165,6 +167,7 @@ def test_parameters_are_born_sharded_and_equal(sizes, axis_type):
     )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('axis_type', [AxisType.Explicit, AxisType.Auto], ids=str)
 def test_cached_decode_on_a_mesh(axis_type):
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), axis_type=axis_type)

@@ -99,6 +99,7 @@ def test_every_device_gets_its_shard(hf, mesh, tmp_path, monkeypatch):
   )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('piece', [1, 100, 1000])
 def test_pieces_make_the_whole(llama, tmp_path, monkeypatch, piece):
   config, model = checkpoint.load(llama, mesh=ours.MESH)
@@ -112,6 +113,7 @@ def test_pieces_make_the_whole(llama, tmp_path, monkeypatch, piece):
   jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'kind, stored, dtype',
   [('BF16', 'bfloat16', 'bfloat16'), ('F16', 'float16', 'float32'), ('F32', 'float32', 'float32')],
@@ -356,6 +358,7 @@ def test_a_checkpoint_becomes_a_run_and_a_checkpoint_again(tmp_path, capsys):
     assert 'llama, 42,464 parameters, F32 in the files' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_tokenizer(llama, tmp_path, capsys):
   convert.main(['import', '--from', str(llama), '--workdir', str(tmp_path / 'run')])
   assert 'holds no tokenizer' in capsys.readouterr().out

@@ -227,6 +227,7 @@ def token_loop(layer, config, x, segments, drop=lambda expert: False):
   }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'case', [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
@@ -426,6 +427,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'case, dispatch, sizes, factor',
   [
@@ -475,6 +477,7 @@ def test_eight_devices_are_one(case, dispatch, sizes, factor):
   assert layer.up[...].addressable_shards[0].data.size * split == layer.up[...].size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'sizes, factor', [(MESHES[2], 100.0), slow(SPLIT[0], 0.3), slow(SPLIT[2], 100.0)], ids=str
 )
@@ -532,6 +535,7 @@ def test_pieces_are_equal_whole_lanes():
   assert [moe_module._pieces(F) for F in (12, 4096, 7168, 14336, 4099, 16384)] == [1, 1, 2, 4, 1, 4]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
 def test_tokens_travel_to_the_experts_and_weights_stay(dispatch):
   """What XLA makes of it: all-to-alls of tokens;

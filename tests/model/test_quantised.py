@@ -86,7 +86,7 @@ def test_a_tied_table_is_looked_up_as_it_is_and_scores_in_bytes():
   )
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', [dict(data=2), dict(tensor=2), dict(fsdp=2, data=1)])
 def test_on_meshes(sizes):
   config = laws.make_config('llama', vocabulary=48)

@@ -263,6 +263,7 @@ def test_a_model_keeps_them(name, built):
     same(numbers(model), numbers(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', slow_but_quick(OUT))
 def test_codes_go_out_as_they_came(name, built, tmp_path, monkeypatch):
   """As compressed-tensors, and in again, bit for bit: in pieces, and of compressed-tensors itself

@@ -78,6 +78,7 @@ def check(family, sizes, *entries):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'family, sizes, entries',
   [

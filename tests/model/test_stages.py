@@ -135,6 +135,7 @@ def test_experts_report_what_real_microbatches_did(pipeline):
   assert sums['load'].shape == (4, 4)
 
 
+@pytest.mark.slow
 def test_parameters_are_born_split_over_stages():
   """All of the stack that is split, biases and norms too;
   embedding and head over what the loss is split over.

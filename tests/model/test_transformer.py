@@ -199,6 +199,7 @@ def test_caches_and_masks_are_pytrees_of_anything():
   assert jax.tree.map(lambda x: 'anything', mask).prefix == 'anything'
 
 
+@pytest.mark.slow
 def test_layers_report_and_are_balanced_in_their_order(one_device):
   """Windows and experts alternate, so that periods have several places
   and the last one is cut off.

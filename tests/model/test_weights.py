@@ -130,11 +130,13 @@ def test_every_family_computes_with_the_numbers_of_its_bytes(name, monkeypatch):
   check_numbers(config_of(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['gpt2', slow('deepseek_v3'), slow('gpt_oss'), slow('t5')])
 def test_few_rows_by_digits(name):
   check_numbers(config_of(name), 3, 2, 5e-3)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('summed', [(-2,), (-1,)])
 def test_the_gradient_of_few_rows_is_that_of_the_numbers(one_device, summed):
   """Digits are rounded, which has no slope: without a rule of their own it would be 0."""
@@ -161,6 +163,7 @@ def test_every_dispatch(dispatch, monkeypatch):
   check_numbers(dataclasses.replace(config, moe=moe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['bfloat16', slow('float16')])
 def test_other_compute_dtypes_round_once_more(dtype, monkeypatch):
   monkeypatch.setattr(quantised_matmul, 'FEW', 0)
@@ -325,6 +328,7 @@ def product_without_scale(self, formula, x, dtype, axes=None):
 int8_grouped, int8_product = Int8.grouped, Int8.product
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'method, fault, name',
   [

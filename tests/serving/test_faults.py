@@ -6,18 +6,14 @@ what it is told to.
 import asyncio
 import dataclasses
 import json
-import types
 
 import pytest
 from starlette.testclient import TestClient
 
-from decode.embedder import POOLINGS
 from serving import call as calls
 from serving.fake import SIZES, FakeService
 from serving.http import app
-from serving.rows import EngineRows
 from serving.wire import Served
-from tests.decode.small import config_of
 from tests.serving.test_http import COMPLETION, TOKENIZER, ChatTokenizer, ask, service
 
 
@@ -181,11 +177,3 @@ def test_keys_take_turns_for_what_is_read_beside():
   served.close()
   with pytest.raises(Exception, match='the server ends'):
     last.result(0)
-
-
-def test_an_encoder_decoder_is_refused_with_the_remedy():
-  config = config_of(32, encoder_layers=1, position='relative')
-  model = types.SimpleNamespace(model=types.SimpleNamespace(config=config))
-  for pooling in ('', *POOLINGS):
-    with pytest.raises(NotImplementedError, match='is not served; use generate.py'):
-      EngineRows(model, SIZES, pooling=pooling)

@@ -74,6 +74,7 @@ def nats(model, texts):
   return -picked[counted].sum(), counted.sum()
 
 
+@pytest.mark.slow
 def test_bits_per_byte_are_bits_of_bytes(config, prepared, one_device):
   """Nats over ln 2 over the UTF-8 bytes of the held-out texts, neither their tokens nor their
   characters; of a part of the rows, in proportion.

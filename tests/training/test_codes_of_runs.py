@@ -186,6 +186,7 @@ def test_codes_that_are_damaged_are_not_read(runs, tmp_path):
     open_run(tmp_path / 'codes')
 
 
+@pytest.mark.slow
 def test_what_it_is_not_for_is_said(corpus, runs, tmp_path):
   command = ['quantise', '--to', f'{tmp_path}/x', '--workdir']
   with pytest.raises(SystemExit, match='is in codes already'):
@@ -211,6 +212,7 @@ def models(runs):
   return [open_run(runs / name).model for name in ('run', 'codes')]
 
 
+@pytest.mark.slow
 def test_distances_are_those_of_the_matrices(models):
   original, smaller = models
   errors = jax.device_get(jax.jit(sensitivity.distances)(original, smaller))

@@ -219,6 +219,7 @@ def test_an_encoder_goes_through_1f1b():
   assert_close(trainer.state.models, alone('masks')[0][-1], 5e-6)
 
 
+@pytest.mark.costly
 @each
 def test_what_is_not_scored_does_not_count(name, one_device):
   """Whatever its target is said to be; and the denominator is of what is scored."""

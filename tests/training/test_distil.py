@@ -224,6 +224,7 @@ def alone(teacher):
   return stepped(distilling(teacher, CASES['jsd at 2']))
 
 
+@pytest.mark.slow
 def test_a_step_moves_the_student_and_not_the_teacher(teacher, alone):
   config = distilling(teacher, CASES['jsd at 2'])
   begun, (run, metrics) = Run(config), alone

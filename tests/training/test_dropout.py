@@ -376,6 +376,7 @@ def check_evaluation():
   assert models['policy'].drawn is None
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_nothing_out(one_device):
   check_evaluation()
 

@@ -97,6 +97,7 @@ def test_several_values_come_by_commas_and_sources_by_number(parse):
     parse('--config=tiny', '--config.data.sources[3].path=c.txt')
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'flag, shown', [('--config=list', 'models/llama3_8b'), ('--config.help', 'learning_rate (float')]
 )

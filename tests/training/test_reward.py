@@ -122,6 +122,7 @@ def test_the_loss_is_that_of_bradley_and_terry():
   np.testing.assert_allclose(swapped - forward, 0.8, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'objective, model',
   [

@@ -217,6 +217,7 @@ def test_a_reward_that_fails_is_counted_and_all_failing_ends_the_run(place, tmp_
       run.rollouts.take(run.state)
 
 
+@pytest.mark.slow
 def test_what_did_not_end_may_count_nowhere(place, tmp_path):
   with Started(config(place, FAMILY), tmp_path) as run:
     asked = [

@@ -155,6 +155,7 @@ def by_hand(table, model, soft_rows):
   return total / weight
 
 
+@pytest.mark.slow
 def test_a_step_is_the_absolute_step_and_the_base_stays(source, one_device):
   """Rows - rate * gradient of the mean over answers, packed here and one by one by hand."""
   batch = rows_of(source, PROMPT)

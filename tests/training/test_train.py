@@ -75,6 +75,7 @@ def assert_equivalent(a, b, learning_rate=0.01, steps=3):
   assert (apart > 2e-6).mean() < 2e-3
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
 def test_eight_devices_are_one(alone, mesh):
   trainer, metrics = trained(8, mesh=mesh)
