@@ -153,7 +153,7 @@ class TokenizerConfig:
     algorithm: 'bpe' or 'unigram', for training.
     split_by_whitespace: keep pieces within words;
       False lets frequent phrases become pieces (shorter sequences).
-    training_bytes: train on an evenly spread sample of about this many bytes of text.
+    training_bytes: train on a sample of about this many bytes of text, chosen by hash.
   """
 
   kind: str = 'sentencepiece'

@@ -5,9 +5,9 @@
 
 The stages are pure functions of parts (data/stages.py); an engine does them, here or on a cluster
 (data/engine.py), and this process only adds up their reports. Documents are in the order of
-sources, files and lines, whoever read them and when; which of several alike is kept, how a
-trainer's sample is spread and where a shard ends all follow from that order, so that the workers'
-number, their deaths and what was done before change nothing. What a stage leaves lies in
+sources, files and lines, whoever read them and when; which of several alike is kept and where a
+shard ends follow from that order, and what a tokenizer is trained on from hashes, so that the
+workers' number, their deaths and what was done before change nothing. What a stage leaves lies in
 cache_dir/<key>.work, from where the same command goes on; all machines must see that directory, and
 the sources, under the same paths.
 """
@@ -240,14 +240,13 @@ class _Corpus:
 
   def _tokenizer(self, kept: Sequence[dict], sides: Sequence[tuple[str, float]]) -> None:
     config = self._config.tokenizer
-    if config.trained or (config.kind == 'char' and not config.path):
-      looked = self._each('look', lambda i: (i, sides[i], config.kind))
+    if config.kind == 'char' and not config.path:
+      self._each('look', lambda i: (i,))
     if config.trained:
       # As data.prepare has it: of the characters of the training side.
       characters = sum(self._trained_characters(kept, sides))
       share = min(1.0, config.training_bytes / max(characters, 1))
-      firsts = np.cumsum([0, *(report['chunks'] for report in looked)]).tolist()
-      self._each('sample', lambda i: (i, sides[i], firsts[i], share))
+      self._each('sample', lambda i: (i, sides[i], share))
     given = str(self._work.path), config
     self._run('tokenizer', [given], [1.0], 'data.stages_encode')
     made = tokenizers.load(self._work.of('tokenizer', 0) / 'tokenizer')

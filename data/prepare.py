@@ -33,7 +33,7 @@ from data.prepared import Prepared, described, held_out_sources, kept
 from data.texts import Texts
 from data.tokenizer import Tokenizer
 
-FORMAT = 3  # part of every key: raise it when the code changes what a config means
+FORMAT = 4  # part of every key: raise it when the code changes what a config means
 PARALLEL_BYTES = 2**26  # below this, starting worker processes costs more than they save
 
 

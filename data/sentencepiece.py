@@ -2,6 +2,7 @@
 trained to be the same bytes on any machine?
 """
 
+import hashlib
 import io
 import os
 import pathlib
@@ -127,14 +128,14 @@ def train(config: TokenizerConfig, texts: Iterable[str], share: float = 1.0) -> 
   Identity normalisation, no dummy prefix, whitespace kept and allowed as pieces (runs of spaces are
   code's indentation), bytes for rare characters. BPE is the default: on the standard library it
   trains 15 times faster than unigram and compresses better (3.7 against 3.5 bytes per token at 4096
-  pieces). Only the given share of the chunks is used, evenly spread.
+  pieces). Only the given share of the chunks is used (`sampled`).
   """
   import sentencepiece
 
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_sample(chunked(texts), share),
+      sentence_iterator=(chunk for chunk in chunked(texts) if sampled(chunk, share)),
       model_writer=model,
       model_type=config.algorithm,
       vocab_size=config.vocabulary or DEFAULT_VOCABULARY,
@@ -163,8 +164,10 @@ def train(config: TokenizerConfig, texts: Iterable[str], share: float = 1.0) -> 
   return model.getvalue()
 
 
-def _sample(chunks: Iterable[str], share: float) -> Iterator[str]:
-  return (chunk for i, chunk in enumerate(chunks) if int((i + 1) * share) > int(i * share))
+def sampled(chunk: str, share: float) -> bool:
+  """Whether a chunk is among such a share of all: by its hash, whatever others there are."""
+  digest = hashlib.blake2b(chunk.encode(), digest_size=8).digest()
+  return int.from_bytes(digest, 'big') < share * 2.0**64
 
 
 # Characters given to the trainer at a time; it skips sentences longer than max_sentence_length

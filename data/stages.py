@@ -8,8 +8,8 @@ order in which they run:
   near      of all documents with certain keys of a band: which resemble each other
   clusters  which documents resemble an earlier one, through whatever others
   keep      what is left of a part, counted
-  look      how many chunks a part has for the tokenizer's training, or which characters
-  sample    those of the chunks that it is trained on
+  look      which characters a part has, for a tokenizer of characters
+  sample    the chunks of a part that a tokenizer is trained on
   (tokens, shards and rows: data/stages_encode.py)
 
 A stage that brings documents of all parts together is divided by hashes: what it reads of each part
@@ -27,7 +27,7 @@ from data import cache, clean as cleaning, duplicates, sources
 from data.config import ANONYMISED_KINDS, CleanConfig, SourceConfig
 from data.engine import TaskOutput
 from data.partitions import Partition, Signatures, Workspace, raw, version
-from data.sentencepiece import chunked
+from data.sentencepiece import chunked, sampled
 
 KILLED = 'it ended its process'
 BLOCK = 2**20  # documents, or pairs of them, in memory
@@ -326,41 +326,23 @@ def texts(work: Workspace, part: int) -> Iterator[tuple[int, str]]:
         file.seek(size, os.SEEK_CUR)
 
 
-def look(out: TaskOutput, directory: str, part: int, side: tuple[str, float], kind: str) -> dict:
-  """For kind 'char', which characters there are; for another, in how many chunks a tokenizer's
-  trainer gets each document: `chunks`.
-  """
-  work = Workspace(directory)
-  if kind == 'char':
-    return {
-      'characters': ''.join(sorted(set().union(*(set(text) for _, text in texts(work, part)))))
-    }
-  training = boundary(work, part, side)
-  chunks = np.zeros(len(training), np.int64)
-  for document, text in texts(work, part):
-    if training[document]:
-      chunks[document] = sum(1 for _ in chunked([text[: training[document]]]))
-  np.save(out.path / 'chunks.npy', chunks)
-  return {'chunks': int(chunks.sum())}
+def look(out: TaskOutput, directory: str, part: int) -> dict:
+  """Which characters there are."""
+  every = set().union(*(set(text) for _, text in texts(Workspace(directory), part)))
+  return {'characters': ''.join(sorted(every))}
 
 
 def sample(
-  out: TaskOutput, directory: str, part: int, side: tuple[str, float], first: int, share: float
+  out: TaskOutput, directory: str, part: int, side: tuple[str, float], share: float
 ) -> dict:
-  """The chunks of a part that are trained on, by their numbers among all of the corpus; `first` is
-  that of the part's first one.
-  """
+  """The chunks of a part that are trained on, such a share of all of the corpus."""
   work = Workspace(directory)
   training = boundary(work, part, side)
-  begins = first + np.cumsum(chunks := np.load(work.of('look', part) / 'chunks.npy')) - chunks
   sizes = array.array('q')
   with open(out.path / 'sample', 'wb') as file:
     for document, text in texts(work, part):
-      begin, count = int(begins[document]), int(chunks[document])
-      if int((begin + count) * share) == int(begin * share):
-        continue
-      for number, chunk in enumerate(chunked([text[: training[document]]]), begin):
-        if int((number + 1) * share) > int(number * share):
+      for chunk in chunked([text[: training[document]]]):
+        if sampled(chunk, share):
           sizes.append(file.write(chunk.encode()))
   np.save(out.path / 'sizes.npy', np.array(sizes, np.int64))
   return {'chunks': len(sizes)}

@@ -133,7 +133,16 @@ def test_training_is_deterministic_and_uses_the_share():
   config = TokenizerConfig(vocabulary=1024)
   assert pieces.train(config, corpus()) == trained().model
   assert pieces.train(config, corpus(), share=0.5) != trained().model
-  assert list(pieces._sample('abcdefghij', 0.3)) == ['d', 'g', 'j']
+
+
+def test_a_sample_is_chosen_by_hash():
+  """Of about the share's size, the same whatever else there is, and less of a smaller share."""
+  chunks = [f'chunk {i}' for i in range(5000)]
+  third, tenth = ({c for c in chunks if pieces.sampled(c, share)} for share in (0.3, 0.1))
+  assert tenth < third and abs(len(third) - 1500) < 150 and abs(len(tenth) - 500) < 90
+  assert all(pieces.sampled(c, 1.0) for c in chunks) and not any(
+    pieces.sampled(c, 0.0) for c in chunks
+  )
 
 
 def test_code_compresses():
