@@ -71,7 +71,8 @@ ROWS = flags.DEFINE_integer(
 MAX_MODEL_LEN = flags.DEFINE_integer(
   'max_model_len',
   None,
-  "Tokens of a prompt and its text together. Default: the model's context.",
+  "Tokens of a prompt and its text together; of an encoder-decoder, of each. Default: the model's "
+  'context; where it has no end, 4,096, of an encoder-decoder 1,024.',
   lower_bound=2,
 )
 CACHE_DTYPE = flags.DEFINE_string(

@@ -64,6 +64,12 @@ class Front:
       )
     return [*self.soft, *ids]
 
+  def read(self, ids: Sequence[int], pad: int) -> tuple[list[int], list[int]]:
+    """What a row of a decoder begins with, of a text of these ids, and what its encoder reads before:
+    nothing where there is none. pad: with which a decoder behind an encoder begins, as T5's.
+    """
+    return ([pad], self.whole(ids)) if self.encoder else (self.row(ids), [])
+
   def bound(self, length: int, new: int) -> Bound:
     """How far a row goes whose prompt has so many tokens: to `new` ones, or the end of the
     context.

@@ -1,5 +1,5 @@
 """What does a model write behind prompts, however many there are? Rows of one engine, which prompts
-join as others end; of an encoder-decoder batches of the generator.
+join as others end; over pipeline stages batches of the generator.
 """
 
 import dataclasses
@@ -38,21 +38,22 @@ def answers(
   model: Generator, prompts: Sequence[Sequence[int]], kind: Generate, seed: int, first: int = 0
 ) -> Iterator[list[Reply]]:
   """Of each prompt from the first one on, in order, so many as the kind asks for. What is written
-  depends on a prompt, its number, and all prompts' longest; of an encoder-decoder on which are in
-  a batch with it, too: begin at a multiple of ROWS.
+  depends on a prompt, its number, and all prompts' longest; over stages on which are in a batch
+  with it, too: begin at a multiple of ROWS.
   """
-  if model.model.config.encoder_layers or _stages(model):
+  if _stages(model):
     yield from _in_batches(model, prompts, kind, seed, first)
     return
   yield from _continuous(model, prompts, kind, seed, first)
 
 
 def engine_of(model: Generator, prompt: int, new: int) -> Engine:
-  """For rows of a decoder: prompts of at most so many tokens, and as many new ones."""
+  """For rows of prompts of at most so many tokens, and as many new ones."""
   front, parts = model.plain, model.parts
+  source, prompt = (prompt + len(front.soft), 1) if front.encoder else (0, prompt)
   prompt, ends = prompt + len(front.begins), generation.ends(model.tokenizer)
   capacity = min(front.positions or prompt + new, bucket(prompt + new))
-  rows = max(1, min(ROWS, HELD // capacity) // parts) * parts
+  rows = max(1, min(ROWS, HELD // (capacity + source)) // parts) * parts
   sizes = Sizes(
     rows=rows,
     capacity=capacity,
@@ -61,6 +62,7 @@ def engine_of(model: Generator, prompt: int, new: int) -> Engine:
     bias=0,
     ends=max(1, len(ends)),
     adapters=adapters(model.model),
+    source=source,
   )
   return Engine(
     model.model.config,
@@ -122,7 +124,8 @@ def _continuous(model, prompts, kind, seed, first) -> Iterator[list[Reply]]:
   def requests() -> Iterator[Request]:
     for i in range(first, len(prompts)):
       sampling = make_sampling(1, temperature=kind.temperature, seed=seed_of(seed, i))
-      request = Request(front.row(prompts[i]), kind.max_new_tokens, sampling, ends)
+      prompt, source = front.read(prompts[i], model.tokenizer.pad)
+      request = Request(prompt, kind.max_new_tokens, sampling, ends, source=source)
       yield from samples(request, kind.samples)
 
   def over(index: int, written: Written) -> bool:

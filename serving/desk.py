@@ -104,14 +104,15 @@ class Desk:
     ends = (*(() if call.ignore_end else self._ends), *stop_ids)
     plain = dataclasses.replace(call.options, num_samples=1)
     sampling = sampling_of(plain, 1, self.vocabulary)
+    prompt, source = front.read(ids, self.tokenizer.pad)
     request = Request(
-      [self.tokenizer.pad] if front.encoder else front.row(ids),
+      prompt,
       call.options.max_new_tokens,
       sampling,
       ends,
       adapter=front.index,
       salt=call.salt,
-      source=front.whole(ids) if front.encoder else (),
+      source=source,
     )
     self._engine.check(request)
 

@@ -19,9 +19,10 @@ os.environ.setdefault('NPROC', '32')
 # Most of a test's time is the compiler's: without LLVM's optimizations the suite takes a third
 # less, and with XLA's older way to emit fusions, which jaxlib 0.11 no longer has, programs take
 # another fifth less. A tenth of what is left goes into cutting each of them into 32 modules, which
-# many cores would compile at once.
+# many cores would compile at once, and a twentieth into passes of LLVM that level 0 leaves on.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
   ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+  ' --xla_llvm_disable_expensive_passes=true'
 )
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   os.environ['XLA_FLAGS'] += (

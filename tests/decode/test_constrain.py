@@ -261,6 +261,7 @@ def test_every_text_is_reachable_in_every_tokenization(kind, pattern):
   assert seen > 15
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('kind', KINDS)
 def test_merging_changes_nothing(kind):
   tokenizer = made(kind)

@@ -414,6 +414,7 @@ def interrupted(function, number):
   return run
 
 
+@pytest.mark.slow
 def test_an_interrupt_returns_what_there_is(generator, monkeypatch):
   how = dict(max_new_tokens=40, seed=1, chunk=4)
   expected = generator('a', **how)[0]

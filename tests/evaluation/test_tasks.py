@@ -237,9 +237,15 @@ def test_answers_are_those_of_the_generator():
 
 @pytest.mark.slow
 def test_an_encoder_decoder_writes_and_chooses():
-  lines, _ = lines_of(WRITE, Manner(limit=3), name='t5')
-  (row,) = generator('t5')(ROWS[0]['q'] + ' ', max_new_tokens=6, temperature=0.0, stop=['7', 'zz'])
-  assert lines[0]['answers'] == [row.text]
+  """By the same engine: what is written of one does not depend on which others are asked."""
+  drawn = Generate(stops=('7',), max_new_tokens=6, temperature=1.0, samples=2)
+  for kind in (WRITE.kind, drawn):
+    task = dataclasses.replace(WRITE, kind=kind)
+    lines, _ = lines_of(task, Manner(limit=6, seed=3), name='t5')
+    options = {'temperature': kind.temperature, 'num_samples': kind.samples, 'seed': 3}
+    prompts = [f'{row["q"]} ' for row in ROWS[:6]]
+    expected = generator('t5')(prompts, max_new_tokens=6, stop=kind.stops, **options)
+    assert [text for line in lines for text in line['answers']] == [row.text for row in expected]
   assert len(lines_of(CHOICE, name='t5')[0]) == len(ROWS)
 
 

@@ -298,6 +298,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('fault', FAULTS)
 def test_faults_are_caught(fault, monkeypatch):
   """Each is planted in the kernel's own text."""

@@ -82,6 +82,7 @@ def check_drawn(data, shape, backend):
   check(M, E, np.diff(sorted(cuts), prepend=0), backend)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('backend', ['reference', 'blocked'])
 @given(st.data(), st.sampled_from(SHAPES))
 @settings(max_examples=40)
@@ -120,6 +121,7 @@ def test_the_matrix_of_a_group_without_rows_changes_nothing(backend):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('backend', gm.BACKENDS)
 def test_half_precision_is_summed_in_f32(backend):
   """All terms positive, so that one rounding is all that may separate the result from the exact

@@ -155,6 +155,7 @@ def test_float16_holds_gradients_of_any_cotangent(scale):
   assert np.abs(np.asarray(scaled)).max() > 0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('name', FUNCTIONS)
 def test_gradients_are_slopes(name):
   p, q, targets, weights, direction = inputs(T=5, softcap=2.0, temperature=True)
@@ -225,6 +226,7 @@ def test_split_over_devices(sizes, kind):
     assert gradient.sharding.is_equivalent_to(primal.sharding, primal.ndim)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('options, chunk', CASES, ids=str)
 def test_the_likeliest_ids_and_what_given_ones_get(options, chunk):
   """Ids, log-probabilities, and slopes by the law of a sum of those of given ids."""

@@ -251,6 +251,7 @@ def test_without_segments_every_token_counts():
   assert forward(layer, x)[1]['load'].sum() == segments.size * config.moe.per_token
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('dispatch', DISPATCHES)
 def test_padding_goes_nowhere(dispatch):
   """It yields zeros and counts in no statistic;
@@ -282,6 +283,7 @@ def test_capacity_drops_exactly_the_late_comers(factor):
   close(forward(layer, x, segments), wanted)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('dispatch', DISPATCHES)
 def test_permuted_experts_permute_the_load_and_nothing_else(dispatch):
   config = make_config(
@@ -310,6 +312,7 @@ def test_neighbours_change_nothing(dispatch):
   )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('over', ['sequence', 'batch'])
 @pytest.mark.parametrize('case', ['mixtral', 'deepseek v3'])
 def test_balance_loss_of_a_balanced_and_of_the_worst_router(case, over):

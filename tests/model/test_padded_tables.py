@@ -100,6 +100,7 @@ def imported(tmp_path_factory):
   return directory
 
 
+@pytest.mark.slow
 def test_an_import_is_padded_and_its_export_is_not(imported, tmp_path, capsys):
   config = configs.load(imported / 'run').model
   assert (config.V, config.table_rows) == (V, 384)
@@ -116,6 +117,7 @@ def test_an_import_is_padded_and_its_export_is_not(imported, tmp_path, capsys):
   assert sizes[0] == sizes[1], 'rows that are no ids are no parameters of the model'
 
 
+@pytest.mark.slow
 def test_that_an_import_is_padded_is_said_with_what_changes_it(imported, tmp_path, capsys):
   command = ['import', '--from', str(imported / 'hf'), '--workdir']
   convert.main([*command, str(tmp_path / 'padded')])

@@ -105,6 +105,7 @@ def inputs(blocks, rows):
   return normal(blocks, 4, 4) * 0.3, normal(rows, 4), normal(rows), normal(4)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'config, sizes, blocks',
   [

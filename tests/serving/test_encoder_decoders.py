@@ -2,11 +2,14 @@
 adapters, alone and in any company? And what does it say where it cannot?
 """
 
+import types
+
 import pytest
 from starlette.testclient import TestClient
 
+from decode.sizes import Sizes
 from serving.http import app
-from serving.rows import row_sizes
+from serving.rows import EngineRows, row_sizes
 from serving.running import Running
 from serving.wire import Served
 from tests.decode.small import config_of
@@ -83,8 +86,10 @@ def test_requests_and_their_limits(served):
 
 @pytest.mark.parametrize('asked', [dict(scores=True), dict(pooling='mean')], ids=str)
 def test_what_an_encoder_decoder_is_not_for_is_said(asked):
+  config = config_of(CONTEXT, encoder_layers=2, position='relative')
+  model = types.SimpleNamespace(model=types.SimpleNamespace(config=config))
   with pytest.raises(ValueError, match='of an encoder-decoder .model.encoder_layers=2., whose'):
-    Running(models_of('encoder').together(), **SIZES, **asked)
+    EngineRows(model, Sizes(), **asked)
 
 
 def test_rows_have_room_for_sources_that_are_as_long():

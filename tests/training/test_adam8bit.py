@@ -76,6 +76,7 @@ def test_encode_is_nearest(seed, signed):
   assert (distance <= abs(x[:, None] - values).min(1) + 5e-7 * abs(x)).all()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('signed', [True, False])
 @pytest.mark.parametrize('shape', [(3, 1), (2, 100), (256,), (2, 2, 300), (3, 1408)])
 def test_quantize_equals_oracle(shape, signed):
@@ -105,6 +106,7 @@ def test_nan_is_not_rounded_away():
 
 # 512 is a whole block on each of 2 devices and half of one on each of 4; shards of 1408 (352 or
 # 176) straddle blocks.
+@pytest.mark.costly
 @pytest.mark.parametrize(
   'spec', [P(None, ('fsdp', 'tensor')), P('tensor', 'fsdp'), P('fsdp', 'tensor')]
 )

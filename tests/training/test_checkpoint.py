@@ -75,6 +75,7 @@ class Log(list):
   __call__ = list.append
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize('mesh', MESHES, indirect=True)
 def test_what_is_saved_comes_back_bitwise_with_its_shardings(mesh, tmp_path):
   checkpoints = Checkpoints(tmp_path, log=pytest.fail)

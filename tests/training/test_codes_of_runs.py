@@ -228,6 +228,7 @@ def test_distances_are_those_of_the_matrices(models):
   assert {place.layer for place in places} == {-1, *range(original.config.L)}
 
 
+@pytest.mark.slow
 def test_exchanged_is_one_or_the_other(models):
   """All of them, none of them, and one layer of one matrix."""
   original, smaller = models

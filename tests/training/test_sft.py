@@ -109,6 +109,7 @@ def test_microbatches_and_devices_of_unequal_counts_are_one_batch(source, weight
     assert_close(again.state.models, whole.state.models, 4e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_slope_in_a_direction(source, one_device):
   """By finite differences; every parameter moves."""
   made = config(source)
