@@ -65,8 +65,8 @@ class Front:
     return [*self.soft, *ids]
 
   def read(self, ids: Sequence[int], pad: int) -> tuple[list[int], list[int]]:
-    """What a row of a decoder begins with, of a text of these ids, and what its encoder reads before:
-    nothing where there is none. pad: with which a decoder behind an encoder begins, as T5's.
+    """What a decoder's row begins with, of a text of these ids, and what its encoder reads before
+    that: nothing where there is none. pad: with which a decoder behind an encoder begins (T5).
     """
     return ([pad], self.whole(ids)) if self.encoder else (self.row(ids), [])
 
