@@ -68,7 +68,7 @@ def lowered(
   """
   with jax.set_mesh(mesh):
     model = params.abstract(lambda: generating_model(transformer.init(config, 0), weights), mesh)
-    sizes = row_sizes(ax.size('batch'), config.V, 0, rows=rows, capacity=context)
+    sizes = row_sizes(config, ax.size('batch'), config.V, rows=rows, capacity=context)
   made = _Lowering(model.config, mesh, sizes)
   name = made._reader(model, source=0) if reads else made._decoder(model, 0)
   program = made._programs[name]

@@ -217,10 +217,7 @@ class HttpAnswer:
     return said
 
   def _prompt_ids(self, prompt: int) -> list[int]:
-    given = self._asked.calls[prompt].prompt
-    if isinstance(given, str):
-      return [self._tokenizer.bos, *self._tokenizer.encode(given)]
-    return list(given)
+    return self._tickets[prompt].prompt
 
   def _end(self, event: Event, called: Sequence) -> dict:
     """finish_reason, and what else is known of it. OpenAI has a word for two ends; of the others

@@ -16,7 +16,8 @@ import numpy as np
 
 import names
 from data import generation
-from data.tokenizer import Tokenizer
+from data.classes import ids_of
+from data.tokenizer import Tokenizer, in_utf8
 from decode.engine import Request
 from decode.front import Front
 from decode.request import Bound, Row
@@ -73,8 +74,9 @@ class Desk:
   def encoded(self, prompt: str | Sequence[int]) -> list[int]:
     """The ids that the model reads. Raises ValueError for none, and for what is no id."""
     if isinstance(prompt, str):
-      ids, encoder = self.tokenizer.encode(prompt), self._plain.encoder
-      return [*ids, self.tokenizer.eos] if encoder else [self.tokenizer.bos, *ids]
+      if self._plain.encoder:
+        return [*self.tokenizer.encode(in_utf8(prompt)), self.tokenizer.eos]
+      return ids_of(prompt, self.tokenizer, self.writes)
     ids = list(prompt)
     if not ids:
       raise ValueError('a prompt has no ids; give at least one')
@@ -91,7 +93,12 @@ class Desk:
     if not front.encoder:
       return max(0, sizes.capacity - front.behind(tokens))
     # What a decoder writes begins with one token, whatever its encoder has read.
-    return sizes.capacity - 1 if tokens <= self._readable(front) else 0
+    return sizes.capacity - 1 if tokens <= self.longest(adapter) else 0
+
+  def longest(self, adapter: str = '') -> int:
+    """See serving.service.Service."""
+    front, sizes = self._front(adapter), self._engine.sizes
+    return (sizes.source if front.encoder else sizes.capacity) - len(front.soft)
 
   def submit(self, call: Call) -> Ticket:
     """See serving.service.Service."""
@@ -118,7 +125,7 @@ class Desk:
 
     made = self._constraints.made(call)
     now = self.clock()
-    ticket = Ticket(call, now, self._cancel)
+    ticket = Ticket(call, ids, now, self._cancel)
     ticket.usage.prompt = len(ids)
     samples = [
       RowCall(
@@ -173,10 +180,9 @@ class Desk:
     return self._submitted(job, 'embedding', sum(map(len, rows)), key=key)
 
   def _check_fits(self, ids: Sequence[int], adapter: str) -> None:
-    if self._front(adapter).behind(len(ids)) > self._engine.sizes.capacity:
+    if len(ids) > (most := self.longest(adapter)):
       raise ValueError(
-        f'a text of {len(ids)} tokens, of at most {self.room(0, adapter)} that a row holds; '
-        'shorten it'
+        f'a text of {len(ids)} tokens, of at most {most} that a row holds; shorten it'
       )
 
   def _submitted(self, job: Job, kind: str, tokens: int, **more: Any) -> Future:
@@ -234,11 +240,6 @@ class Desk:
   def _woken(self) -> None:
     """There is something to do: for who steps."""
 
-  def _readable(self, front: Front) -> int:
-    """Tokens of a text that there is room to read."""
-    sizes = self._engine.sizes
-    return (sizes.source if front.encoder else sizes.capacity) - len(front.soft)
-
   def _front(self, adapter: str) -> Front:
     if not adapter:
       return self._plain
@@ -264,9 +265,8 @@ class Desk:
     new, room = call.options.max_new_tokens, self.room(tokens, call.options.adapter)
     if new <= room:
       return
-    front = self._front(call.options.adapter)
-    most = self._readable(front)
-    if front.encoder:
+    most = self.longest(call.options.adapter)
+    if self._plain.encoder:
       raise ValueError(
         f'max_new_tokens={new}, of at most {room} that a row holds; ask for fewer'
         if room

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from data.classes import ids_of
 from serving.fields import Denied, mapping, one_of, text, whole
 from serving.reader import Reader, refusing
 from serving.service import Service
@@ -43,7 +42,7 @@ class AskedEmbeddings:
     given = _FIELDS('', values)
     if not service.embeds:
       raise Denied(
-        'this server embeds no texts; it has to be started with --pooling=last, or mean',
+        'this server embeds no texts; one of a decoder does, with --pooling=last or mean',
         status=404,
         code='unsupported',
       )
@@ -51,10 +50,7 @@ class AskedEmbeddings:
     self.adapter = reader.adapter(given)
     self.model = given.get('model', reader.models[0])
     with refusing():
-      self.texts = [
-        ids_of(each, service.tokenizer, service.writes) if isinstance(each, str) else each
-        for each in given['input']
-      ]
+      self.texts = [service.encoded(each) for each in given['input']]
 
   def answer(self, vectors: np.ndarray) -> dict:
     """vectors: [texts, D]. Raises Denied for more dimensions than they have."""

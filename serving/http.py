@@ -14,7 +14,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
-from data.classes import ids_of
 from serving import call as calls, chat, kserve, metrics, wire
 from serving.call import NotReady, QueueFull
 from serving.embeddings import AskedEmbeddings
@@ -82,7 +81,7 @@ def app(
     traced(inner),
     hosts=hosts,
     keys=keys,
-    body=BODY + BODY_TOKEN * service.room(0),
+    body=BODY + BODY_TOKEN * service.longest(),
     pages=[*files],
     log_prompts=log_prompts,
   )
@@ -149,11 +148,11 @@ class Api:
     def ids():
       if 'messages' in given:
         return self.reader.chat_ids(given['messages'])
-      return ids_of(given['prompt'], self.service.tokenizer, self.service.writes)
+      return self.service.encoded(given['prompt'])
 
     with refusing():
       made = await asyncio.to_thread(ids)
-    most = self.service.room(0, self.reader.adapter(given))
+    most = self.service.longest(self.reader.adapter(given))
     return JSONResponse({'tokens': made, 'count': len(made), 'max_model_len': most})
 
   async def detokenize(self, request: Request) -> Response:
@@ -206,5 +205,5 @@ class Api:
       'object': 'model',
       'created': self.served.created,
       'owned_by': 'tandem',
-      'max_model_len': self.service.room(0, adapter),
+      'max_model_len': self.service.longest(adapter),
     } | ({'parent': self.served.name} if adapter else {})

@@ -48,6 +48,11 @@ class Service(Protocol):
   def room(self, tokens: int, adapter: str = '') -> int:
     """New tokens for which there is room behind a prompt of so many, at most."""
 
+  def longest(self, adapter: str = '') -> int:
+    """Tokens of a text, at most: of a prompt and what is written behind it, or of what an encoder
+    reads.
+    """
+
   def submit(self, call: Call) -> Ticket:
     """Takes a call. What is wrong with it in itself is said now: ValueError, with the value, the
     limit and the remedy. A constraint is made meanwhile; what is wrong with that is a Failure of

@@ -25,13 +25,16 @@ class Ticket:
   Attributes:
     id: that no other ticket of this process has.
     call, usage, times: see serving.call; usage and times grow until it is done.
+    prompt: ids that the model reads.
     done: whether every sample has ended, though events may be unread.
   """
 
-  def __init__(self, call: Call, asked: float, cancel: Callable[['Ticket'], None]):
+  def __init__(
+    self, call: Call, prompt: list[int], asked: float, cancel: Callable[['Ticket'], None]
+  ):
     """asked: when, by the service's clock. cancel: what `cancel` does."""
     self.id = f'{next(_numbers):08x}'
-    self.call = call
+    self.call, self.prompt = call, prompt
     self.usage = Usage()
     self.times = Times(asked)
     self._cancel = cancel

@@ -64,6 +64,8 @@ def start(model, prompts, *, bucket=8, capacity=32, new=NEW, dtype='', source=No
     row[: len(prompt)] = prompt
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
   cache = init_cache(model.config, len(prompts), capacity, dtype, append)
+  if source is not None:
+    source = source[0], source[1].sum(1)
   return prefill(model, put(tokens), put(lengths), cache, put(lengths + new), source)
 
 

@@ -115,7 +115,7 @@ def generate(model, name: str, row: int, new: int) -> np.ndarray:
       tokens[0, 0] = 0
       source = (
         put(given['source'][row : row + 1]),
-        put(np.ones((1, given['source'].shape[1]), np.int32)),
+        put(np.array([given['source'].shape[1]], np.int32)),
       )
     state = prefill(
       model,

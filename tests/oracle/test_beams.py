@@ -104,7 +104,7 @@ def found(name, texts, ends, length_penalty=1.0, early_stopping=False, repetitio
     row[: len(line)] = line
   lengths = np.array([len(line) for line in lines], np.int32)
   if source is not None:
-    source = put(source), put((np.arange(source.shape[1])[None] < counts[:, None]).astype(np.int32))
+    source = put(source), put(counts.astype(np.int32))
   with jax.set_mesh(ours.MESH):
     state = prefill(
       model,

@@ -69,9 +69,15 @@ def test_requests_and_their_limits(served):
     def post(**asked):
       return client.post('/v1/completions', json={'model': 'm', 'temperature': 0} | asked)
 
-    answer = post(prompt=PROMPT, max_tokens=9).json()
+    answer = post(prompt=PROMPT, max_tokens=9, return_token_ids=True).json()
     said = result(served.submit(ASKED[0]))[0]
     assert answer['choices'][0]['text'] == said[1]
+    read = models_of('encoder').together().encoded(PROMPT)
+    assert answer['choices'][0]['prompt_token_ids'] == read and read[-1] == served.tokenizer.eos
+    asked = {'model': 'm', 'prompt': PROMPT}
+    tokens = client.post('/tokenize', json=asked).json()
+    assert tokens['tokens'] == read and tokens['max_model_len'] == CONTEXT
+    assert client.get('/v1/models').json()['data'][0]['max_model_len'] == CONTEXT
     assert answer['usage']['prompt_tokens'] == len(PROMPT) + 1
     assert post(prompt='x' * 29).json()['usage']['completion_tokens'] <= 29, 'all that there is'
     for asked, words in (
