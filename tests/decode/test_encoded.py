@@ -113,6 +113,7 @@ def test_rows_in_pages_and_rows_that_draft_write_what_a_generator_writes(sizes):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_devices_that_share_an_engine_are_one():
   expected = [alone(*of_encoder(), asked, 0) for asked in SOURCES]
   mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
