@@ -159,7 +159,8 @@ def train(config: TokenizerConfig, texts: Iterable[str], share: float = 1.0) -> 
   except RuntimeError as error:
     raise ValueError(
       f'SentencePiece could not train {config.vocabulary or DEFAULT_VOCABULARY} pieces: {error}\n'
-      'A small corpus supports few pieces: lower tokenizer.vocabulary, or use kind=\'byte\''
+      'A small corpus supports few pieces: lower tokenizer.vocabulary, or use kind=\'byte\'; of a '
+      'large one, raise tokenizer.training_bytes'
     ) from error
   return model.getvalue()
 

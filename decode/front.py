@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
+from data.tokenizer import Tokenizer, in_utf8
 from decode.request import Bound
 
 
@@ -48,6 +49,13 @@ class Front:
   def behind(self, length: int) -> int:
     """Tokens of a cache's row in which so many are of its text."""
     return length + len(self.begins)
+
+  def ids(self, text: str, tokenizer: Tokenizer) -> list[int]:
+    """What is read of a text: it begins as documents do, and ends as sources do where an encoder
+    reads it. Raises ValueError for what is no UTF-8.
+    """
+    ids = tokenizer.encode(in_utf8(text))
+    return [*ids, tokenizer.eos] if self.encoder else [tokenizer.bos, *ids]
 
   def row(self, ids: Sequence[int]) -> list[int]:
     """What a cache's row begins with, of a text of these ids."""

@@ -94,10 +94,7 @@ class LoadedModel:
     Raises ValueError for none, and for what is no id or out of range.
     """
     if isinstance(prompt, str):
-      ids = self.tokenizer.encode(prompt)
-      if self.model.config.encoder_layers:
-        return [*ids, self.tokenizer.eos]
-      return [self.tokenizer.bos, *ids]
+      return self.plain.ids(prompt, self.tokenizer)
     try:
       ids = [operator.index(i) for i in ([prompt] if isinstance(prompt, bytes) else prompt)]
     except TypeError as error:

@@ -358,7 +358,7 @@ def init_cache(
 
   Args:
     dtype: of keys and values; default: the compute dtype. 'int8': with an f32 scale for each
-      vector.
+      vector. Those of a source are in the compute dtype whatever it is.
     append: tokens that may follow others in one call, at most.
     pages: of `page` slots each, in which all rows' tokens lie that are in no ring, and of which
       none is anyone's so far; 0: every row has slots of its own.

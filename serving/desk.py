@@ -17,7 +17,7 @@ import numpy as np
 import names
 from data import generation
 from data.classes import ids_of
-from data.tokenizer import Tokenizer, in_utf8
+from data.tokenizer import Tokenizer
 from decode.engine import Request
 from decode.front import Front
 from decode.request import Bound, Row
@@ -74,9 +74,9 @@ class Desk:
   def encoded(self, prompt: str | Sequence[int]) -> list[int]:
     """The ids that the model reads. Raises ValueError for none, and for what is no id."""
     if isinstance(prompt, str):
-      if self._plain.encoder:
-        return [*self.tokenizer.encode(in_utf8(prompt)), self.tokenizer.eos]
-      return ids_of(prompt, self.tokenizer, self.writes)
+      if self.writes:
+        return self._plain.ids(prompt, self.tokenizer)
+      return ids_of(prompt, self.tokenizer, causal=False)
     ids = list(prompt)
     if not ids:
       raise ValueError('a prompt has no ids; give at least one')
