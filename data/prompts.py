@@ -72,11 +72,16 @@ class PromptWriter:
 
   Args:
     template: Jinja text; '' is the tokenizer's own.
+    encoder: whether it is an encoder that reads them, to an end, as sources do; a decoder reads a
+      beginning, and goes on.
+    prefix: text that stands in front of each.
   Raises ValueError for a template that differs from the tokenizer's own.
   """
 
-  def __init__(self, tokenizer: Tokenizer, template: str = ''):
-    self._tokenizer = tokenizer
+  def __init__(
+    self, tokenizer: Tokenizer, template: str = '', encoder: bool = False, prefix: str = ''
+  ):
+    self._tokenizer, self._encoder, self._prefix = tokenizer, encoder, prefix
     known = tokenizer.chat_templates.get('default', '')
     if template and known and template.strip() != known.strip():
       raise ValueError(
@@ -90,9 +95,9 @@ class PromptWriter:
   def prompt(self, place: str, record: PromptRecord) -> Prompt:
     """Raises ValueError, naming the place, for messages that cannot be rendered."""
     if isinstance(record.prompt, str):
-      text = in_utf8(record.prompt)
-      ids = [self._tokenizer.bos, *self._tokenizer.encode(text)]
-      return Prompt(place, tuple(map(int, ids)), text, record.row)
+      text = in_utf8(self._prefix + record.prompt)
+      begin = [] if self._encoder else [self._tokenizer.bos]
+      return self._made(place, [*begin, *self._tokenizer.encode(text)], text, record)
     if self._template is None:
       raise ValueError(
         f'{place}: messages need a chat template, and this {self._tokenizer.kind!r} tokenizer has '
@@ -101,15 +106,24 @@ class PromptWriter:
     messages = quoted(record.prompt, self._tokenizer)
     variables = {'tools': quoted(record.tools, self._tokenizer)} if record.tools else {}
     try:
-      text = self._template.render(messages, add_generation_prompt=True, **variables)
+      rendered = self._template.render(messages, add_generation_prompt=True, **variables)
     except ValueError as error:
       raise ValueError(f'{place}: {error}') from error
-    ids = self._tokenizer.encode(in_utf8(text), special=True)
-    return Prompt(place, tuple(map(int, ids)), text, record.row)
+    text = in_utf8(self._prefix + rendered)
+    return self._made(place, self._tokenizer.encode(text, special=True), text, record)
+
+  def _made(self, place: str, ids: Sequence[int], text: str, record: PromptRecord) -> Prompt:
+    end = [self._tokenizer.eos] if self._encoder else []
+    return Prompt(place, tuple(map(int, [*ids, *end])), text, record.row)
 
 
 def prepare(
-  config: DataConfig, template: str, longest: int, uses: int, log: Callable[[str], Any]
+  config: DataConfig,
+  template: str,
+  longest: int,
+  uses: int,
+  log: Callable[[str], Any],
+  writer_of: Callable[[Tokenizer, str], PromptWriter] = PromptWriter,
 ) -> Prompts:
   """The prompts of a config's sources.
 
@@ -117,6 +131,7 @@ def prepare(
     template: file of the chat template; '' is the tokenizer's own.
     longest: tokens of a prompt at most; longer ones are dropped, and counted.
     uses: how many rows of batches each prompt makes up in an epoch.
+    writer_of: (tokenizer, Jinja text) -> what makes prompts of records.
   Raises ValueError for sources that are no prompts; what would not be done to prompts; a tokenizer
     that would have to be trained; a record that is none, naming its place; nothing to train on, or
     nothing held out.
@@ -127,7 +142,7 @@ def prepare(
     # A chat model may end a turn with another token than a document.
     tokenizer.generation = generation.beside(config.tokenizer.path)
   source = pathlib.Path(template).expanduser().read_text() if template else ''
-  writer = PromptWriter(tokenizer, source)
+  writer = writer_of(tokenizer, source)
   tokenizer = tokenizer.with_template(source) if source else tokenizer
   seen: set[bytes] = set()
   counts = {'read': 0, 'exact_duplicate': 0, 'too_long': 0}

@@ -12,6 +12,7 @@ from data import generation
 from data.tokenizer import Tokenizer
 from decode.bulk import Written, complete
 from decode.engine import Engine, Request, Sizes
+from decode.front import Front
 from decode.sampling import make_sampling
 from model.config import ModelConfig
 from objectives.rollout import Question
@@ -26,7 +27,7 @@ class Actor:
   Args:
     config: of the policy as it generates (decode.generating.generating).
     rows: answers that are written side by side, at least; as many as fill the mesh evenly are.
-    length: tokens of a prompt with its answer, at most. new: of an answer.
+    prompt: tokens of a prompt at most. new: of an answer.
     group: answers to a prompt, whose prompt is read once on each part of the mesh that has some.
     temperature: at which they are drawn; of prompts without a seed the likeliest tokens are taken.
   Raises NotImplementedError and ValueError as decode.engine.Engine.
@@ -39,7 +40,7 @@ class Actor:
     tokenizer: Tokenizer,
     *,
     rows: int,
-    length: int,
+    prompt: int,
     new: int,
     group: int,
     temperature: float,
@@ -48,18 +49,23 @@ class Actor:
       parts = ax.size('batch')
     rows = -(-rows // parts) * parts
     prompts = max(1, rows // parts // group) * parts
+    # A decoder behind an encoder begins with one token.
+    self._front = Front(positions=config.max_length, encoder=config.encoder_layers > 0)
+    source, before = (prompt, 1) if self._front.encoder else (0, prompt)
     sizes = Sizes(
       rows=rows,
-      capacity=length,
+      capacity=before + new,
       read_rows=min(prompts, rows),
-      read_tokens=min(length - new, LONGEST_READ),
+      read_tokens=min(before, LONGEST_READ),
       bias=0,
       ends=max(1, len(generation.ends(tokenizer))),
+      source=source,
     )
     # All ids that the model has, those too that are no token's: the law that is drawn from is the
     # one that is trained.
     self._engine = Engine(config, mesh, sizes, vocabulary=config.V, pad=tokenizer.pad)
     self._forget()
+    self._pad = tokenizer.pad
     self._ends, self._new, self._temperature = generation.ends(tokenizer), new, temperature
 
   def __call__(self, weights, asked: Sequence[Question]) -> Iterator[tuple[int, Written]]:
@@ -79,4 +85,5 @@ class Actor:
     sampling = make_sampling(
       1, temperature=self._temperature if drawn else 0.0, seed=asked.seed or 0
     )
-    return Request(asked.prompt.ids, self._new, sampling, self._ends)
+    prompt, source = self._front.read(asked.prompt.ids, self._pad)
+    return Request(prompt, self._new, sampling, self._ends, source=source)

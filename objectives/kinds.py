@@ -23,6 +23,7 @@ KINDS = {
   'masked_lm': 'objectives.denoise.MaskedLM',
   'reward': 'objectives.reward.Reward',
   'grpo': 'objectives.policy.GRPO',
+  'grpo_seq2seq': 'objectives.rollout_seq2seq.GRPOSeq2Seq',
   'ppo': 'objectives.ppo.PPO',
   'distil': 'objectives.distil.Distil',
   'distil_sft': 'objectives.distil.DistilSFT',
@@ -30,6 +31,7 @@ KINDS = {
   'distil_span_corruption': 'objectives.distil.DistilSpanCorruption',
   'distil_masked_lm': 'objectives.distil.DistilMaskedLM',
   'gkd': 'objectives.gkd.GKD',
+  'gkd_seq2seq': 'objectives.rollout_seq2seq.GKDSeq2Seq',
 }
 DEFAULT = 'next_token'
 

@@ -5,6 +5,7 @@ B rows of a batch, an answer in each · T length
 """
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from data import prompts
 from kernels import context
 from objectives.laws import final, laid_out, target_logprobs
 from objectives.objective import MAIN, Objective, or_one
-from objectives.rollout import POLICY, SPLIT, WHOLE, HeldOut, RolloutBatch, Rollouts
+from objectives.rollout import POLICY, SPLIT, WHOLE, HeldOut, Rollouts
+from objectives.rollout_rows import AnswerRows, RolloutBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class OfOwnText(Objective):
   group = 1  # answers to a prompt
   resamplings = 0  # of groups that teach nothing
   masked = False  # whether what did not end by itself counts nowhere
+  of_sources, prefix = False, ''  # whether an encoder reads prompts; text in front of each
   penalty = 0.0  # with which divergence is taken off rewards, at first
 
   def __post_init__(self):
@@ -72,13 +75,7 @@ class OfOwnText(Objective):
   def accepts(self, models):
     config = models[MAIN]
     for name, network in models.items():
-      if not network.causal or network.encoder_layers:
-        kind = 'an encoder-decoder' if network.encoder_layers else 'an encoder'
-        raise NotImplementedError(
-          f'objective.kind={self.kind!r} learns from what a decoder writes, and {name!r} with '
-          f'model.causal={network.causal}, model.encoder_layers={network.encoder_layers} is {kind} '
-          "(T5 among them); use a decoder, or objective.kind='preference_seq2seq'"
-        )
+      self._check_network(name, network)
     if config.execution.pipeline.schedule == '1f1b':
       raise NotImplementedError(
         f'objective.kind={self.kind!r} writes with the model that it trains, and '
@@ -91,15 +88,36 @@ class OfOwnText(Objective):
         "log-probabilities would differ; use 'dropless'"
       )
 
+  def _check_network(self, name: str, network) -> None:
+    """Raises NotImplementedError for a model that is no decoder."""
+    if not network.causal or network.encoder_layers:
+      kind = 'an encoder-decoder' if network.encoder_layers else 'an encoder'
+      raise NotImplementedError(
+        f'objective.kind={self.kind!r} learns from what a decoder writes, and {name!r} with '
+        f'model.causal={network.causal}, model.encoder_layers={network.encoder_layers} is {kind}; '
+        "use a decoder, or for a T5 objective.kind='grpo_seq2seq', 'gkd_seq2seq' or "
+        "'preference_seq2seq'"
+      )
+
   # 2. Batches.
 
-  def read(self, config, log):
+  def longest_prompt(self, config) -> int:
+    """Tokens. Raises ValueError where there is no room for any."""
     longest = config.sequence_length - self.max_new_tokens
     if longest < 1:
       raise ValueError(
         f'objective.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in '
         f'data.sequence_length={config.sequence_length}; lower it, or raise that'
       )
+    return longest
+
+  def answer_rows(self, config, pad: int) -> AnswerRows:
+    """How prompts and answers lie in rows; pad: what padding is."""
+    del pad
+    return AnswerRows(config.sequence_length)
+
+  def read(self, config, log):
+    longest = self.longest_prompt(config)
     answers = config.batch_size * self.minibatches
     if answers % self.group:
       raise ValueError(
@@ -107,16 +125,18 @@ class OfOwnText(Objective):
         f'{self.minibatches} answers is of no whole groups of objective.group={self.group}; make '
         'it a multiple'
       )
-    return prompts.prepare(config, self.template, longest, self.group * self.epochs, log)
+    writer = functools.partial(prompts.PromptWriter, encoder=self.of_sources, prefix=self.prefix)
+    uses = self.group * self.epochs
+    return prompts.prepare(config, self.template, longest, uses, log, writer)
 
   def batches(self, prepared, config, rows):
     return Rollouts(prepared, self, config, rows)
 
   def validation_batches(self, prepared, config, rows):
-    return HeldOut(prepared, config, rows, self.missing_end)
+    return HeldOut(prepared, self, config, rows)
 
   def batch_like(self, config):
-    return RolloutBatch.abstract(config.batch_size, config.sequence_length)
+    return self.answer_rows(config, 0).abstract(config.batch_size)
 
   def tokens(self, batch):
     return jnp.count_nonzero(batch.segments)

@@ -29,7 +29,8 @@ from objectives.laws import final, laid_out, target_logprobs
 from objectives.next_token import router_metrics
 from objectives.objective import MAIN, Role, or_one
 from objectives.own_text import OfOwnText
-from objectives.rollout import POLICY, RolloutBatch
+from objectives.rollout import POLICY
+from objectives.rollout_rows import RolloutBatch
 
 TOKEN, ANSWER, LONGEST = 'token', 'answer', 'longest'  # what counts alike
 TOKENS, MEANS, SUMS = 'tokens', 'means', 'sums'  # of what ratios are

@@ -29,7 +29,8 @@ from objectives.answers import EXPERTS, REFERENCE, balance
 from objectives.laws import final, laid_out
 from objectives.objective import MAIN, Role, or_one
 from objectives.policy import OfRollouts
-from objectives.rollout import POLICY, RolloutBatch
+from objectives.rollout import POLICY
+from objectives.rollout_rows import RolloutBatch
 
 CRITIC, HEAD, VALUE = 'critic', 'value_head', 'value'  # models, and a term
 SEPARATE, SHARED = 'separate', 'shared'

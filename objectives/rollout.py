@@ -14,78 +14,25 @@ the last batch of a rollout the policy moves on, so that a checkpoint has the re
 R answers of a rollout · B rows of a batch · T length
 """
 
-import base64
 import dataclasses
-import io
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from data.batch import Batch
 from data.config import DataConfig
 from data.prompts import Prompt, Prompts
 from decode.bulk import Written
 from objectives import advantage
 from objectives.judges import Answer, Judges, totals
+from objectives.rollout_rows import AnswerRows, RolloutBatch, packed, unpacked
 
 POLICY = 'policy'  # what a forward pass says of the policy, by name
 SPLIT, WHOLE = 'split', 'whole'  # how the weights lie that write
 # By which sampler and trainer may differ on one token, with the same weights: rounding.
 DRIFT = {'float32': 1e-4, 'bfloat16': 0.5, 'float16': 0.1}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RolloutBatch(Batch):
-  """A batch of answers, each behind its prompt in a row of its own; `weights` is 1 where a target
-  is one of the answer's tokens and counts. More of each target, all f32 [B, T]:
-
-  Attributes:
-    behaviour: its log-probability by the law that it was drawn from. reference: by the reference, 0
-      without one.
-    advantages: what it is credited with.
-    values, returns: what the critic expected there, and what it is to expect; 0 without one.
-    last: 1 at the last token of every answer. And there: lengths, its tokens; scores, its reward, 0
-      if it has none; failed: 1 if it has none; ended: 1 if it ended by itself; equal: 1 if no
-      answer to its prompt is better than another.
-  """
-
-  behaviour: Any
-  reference: Any
-  advantages: Any
-  values: Any
-  returns: Any
-  last: Any
-  lengths: Any
-  scores: Any
-  failed: Any
-  ended: Any
-  equal: Any
-
-  @classmethod
-  def empty(cls, rows: int, length: int) -> 'RolloutBatch':
-    batch = Batch.empty(rows, length)
-    return cls(**vars(batch), **{name: np.zeros_like(batch.weights) for name in OF_ROLLOUTS})
-
-  @classmethod
-  def abstract(cls, rows: int, length: int, sharding=None) -> 'RolloutBatch':
-    batch = Batch.abstract(rows, length, sharding)
-    return cls(**vars(batch), **dict.fromkeys(OF_ROLLOUTS, batch.weights))
-
-  def cut(self, rows: Sequence[int]) -> 'RolloutBatch':
-    """These rows of it."""
-    return jax.tree.map(lambda x: x[np.asarray(rows)], self)
-
-
-OF_ROLLOUTS = [
-  field.name
-  for field in dataclasses.fields(RolloutBatch)
-  if field.name not in {of.name for of in dataclasses.fields(Batch)}
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,28 +150,26 @@ def answered(
   )
 
 
-def laid_out(answers: Answered, length: int, group: int = 1, masked: bool = False) -> RolloutBatch:
-  """The answers, so many to a prompt, as rows of this length, not credited yet.
+def laid_out(
+  answers: Answered, form: AnswerRows, group: int = 1, masked: bool = False
+) -> RolloutBatch:
+  """The answers, so many to a prompt, as rows of this form, not credited yet.
 
   masked: whether what did not end by itself counts nowhere (DAPO's overlong filtering).
   """
-  R = len(answers.written)
-  batch = RolloutBatch.empty(R, length)
+  batch = form.empty(len(answers.written))
   failed = ~np.isfinite(answers.scores)
   for row, (asked, written) in enumerate(zip(answers.asked, answers.written)):
-    ids = np.array([*asked.prompt.ids, *written.ids], np.int32)
-    n, first = len(ids) - 1, len(asked.prompt.ids) - 1
-    batch.tokens[row, :n], batch.targets[row, :n] = ids[:-1], ids[1:]
-    batch.positions[row, :n] = np.arange(n)
-    batch.segments[row, :n] = 1
-    batch.behaviour[row, first:n] = written.processed
+    places = form.fill(batch, row, asked.prompt.ids, written.ids)
+    batch.behaviour[row, places] = written.processed
     left_out = failed[row] or masked and not written.ended
-    batch.weights[row, first:n] = 0 if left_out else 1
-    batch.last[row, n - 1] = 1
-    batch.lengths[row, n - 1] = len(written.ids)
-    batch.ended[row, n - 1] = written.ended
-    batch.failed[row, n - 1] = failed[row]
-    batch.scores[row, n - 1] = 0 if failed[row] else answers.scores[row]
+    batch.weights[row, places] = 0 if left_out else 1
+    last = places.stop - 1
+    batch.last[row, last] = 1
+    batch.lengths[row, last] = len(written.ids)
+    batch.ended[row, last] = written.ended
+    batch.failed[row, last] = failed[row]
+    batch.scores[row, last] = 0 if failed[row] else answers.scores[row]
   if group > 1:
     counted = (batch.weights.max(1) > 0).reshape(-1, group)
     equal = advantage.equal_groups(answers.scores.reshape(-1, group), counted)
@@ -241,6 +186,7 @@ class Rollouts:
 
   def __init__(self, stage: Stage, settings, config: DataConfig, rows: Sequence[int]):
     self._stage, self._settings, self._config, self._rows = stage, settings, config, list(rows)
+    self._form = settings.answer_rows(config, stage.prompts.tokenizer.pad)
     self._rollouts = self._prompt = 0  # begun, and of all prompts the next one
     self._coefficient = settings.penalty
     self._batch: RolloutBatch | None = None
@@ -291,16 +237,15 @@ class Rollouts:
 
   def _sizes(self) -> dict:
     """What the rest of a rollout depends on, besides."""
-    config, settings = self._config, self._settings
     return {
-      'data.batch_size': config.batch_size,
-      'data.sequence_length': config.sequence_length,
-      'objective.minibatches': settings.minibatches,
+      'data.batch_size': self._config.batch_size,
+      'objective.minibatches': self._settings.minibatches,
+      **self._form.sizes,
     }
 
   def _begin(self, models: Mapping[str, Any]) -> None:
     """A rollout."""
-    settings, B, T = self._settings, self._config.batch_size, self._config.sequence_length
+    settings, B = self._settings, self._config.batch_size
     answers = self._answers(models, B * settings.minibatches // settings.group)
     for line in answers.failures[:3]:
       self._stage.log(f'WARNING: {line}')
@@ -311,7 +256,7 @@ class Rollouts:
         f'none of the {len(answers.scores)} answers of rollout {self._rollouts} has a reward: '
         f'{answers.failures[0]}'
       )
-    batch = laid_out(answers, T, settings.group, settings.masked)
+    batch = laid_out(answers, self._form, settings.group, settings.masked)
 
     began = time.perf_counter()
     asked = settings.asked_of(first=not self._checked)
@@ -422,11 +367,10 @@ class HeldOut:
   with the same draws each time.
   """
 
-  def __init__(
-    self, stage: Stage, config: DataConfig, rows: Sequence[int], missing_end: float = 0.0
-  ):
+  def __init__(self, stage: Stage, settings, config: DataConfig, rows: Sequence[int]):
     self._stage, self._config, self._rows = stage, config, list(rows)
-    self._missing_end = missing_end
+    self._form = settings.answer_rows(config, stage.prompts.tokenizer.pad)
+    self._missing_end = settings.missing_end
 
   def of(self, models: Mapping[str, Any]) -> Iterator[RolloutBatch]:
     """Batches of the answers, the last one filled up with padding."""
@@ -438,20 +382,6 @@ class HeldOut:
       answers = answered(self._stage, models, asked, self._missing_end)
       for line in answers.failures[:1]:
         self._stage.log(f'WARNING: {line}')
-      filled = laid_out(answers, self._config.sequence_length)
-      empty = RolloutBatch.empty(B - len(here), self._config.sequence_length)
+      filled, empty = laid_out(answers, self._form), self._form.empty(B - len(here))
       whole = jax.tree.map(lambda x, none: np.concatenate([x, none]), filled, empty)
       yield whole.cut(self._rows)
-
-
-def packed(batch: RolloutBatch) -> str:
-  """A batch of numpy arrays as text, for a checkpoint's record."""
-  file = io.BytesIO()
-  np.savez(file, **vars(batch))
-  return base64.b64encode(zlib.compress(file.getvalue(), 1)).decode()
-
-
-def unpacked(text: str) -> RolloutBatch:
-  """What `packed` was given."""
-  with np.load(io.BytesIO(zlib.decompress(base64.b64decode(text)))) as arrays:
-    return RolloutBatch(**{name: arrays[name] for name in arrays.files})

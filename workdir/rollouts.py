@@ -20,7 +20,8 @@ from decode.generating import generating, generating_model
 from model import params
 from objectives.actor import Actor
 from objectives.judges import FileJudge, Judges, ModelJudge, is_file
-from objectives.rollout import WHOLE, Question, RolloutBatch
+from objectives.rollout import WHOLE, Question
+from objectives.rollout_rows import RolloutBatch
 from parallel import axes, hosts
 from parallel.gathering import everywhere
 from training import state as states
@@ -60,13 +61,14 @@ class RunStage:
       mesh,
       prompts.tokenizer,
       rows=objective.rollout_rows or data.batch_size * objective.minibatches,
-      length=data.sequence_length,
+      prompt=objective.longest_prompt(data),
       new=objective.max_new_tokens,
       group=objective.group,
       temperature=objective.temperature,
     )
     rows = jax.NamedSharding(mesh, axes.spec('batch', 'length'))
-    self._put = hosts.RowShards(rows, (data.batch_size, data.sequence_length))
+    form = objective.answer_rows(data, prompts.tokenizer.pad)
+    self._put = hosts.RowShards(rows, (data.batch_size, form.length))
 
     @functools.partial(jax.jit, static_argnums=2)
     def said(models, batch, names_):
@@ -134,6 +136,12 @@ def _writing(config: Config, mesh):
 def _judge(config: Config, reward: str, prepared: Prompts, mesh):
   if is_file(reward):
     return FileJudge(reward, config.objective.reward_timeout)
+  if config.objective.of_sources:
+    raise NotImplementedError(
+      f'objective.reward={reward} judges an answer behind its prompt, and with objective.kind='
+      f'{config.objective.kind!r} the prompt is a source, which ends before it; give a Python file '
+      'with a function reward(text, record)'
+    )
   model = open_reward(reward, mesh)
   if not same_ids(model.tokenizer, prepared.tokenizer):
     raise ValueError(

@@ -15,7 +15,7 @@ from model import checkpoint
 from objectives.objective import or_one
 from objectives.policy import GRPO
 from objectives.preference import Preference
-from objectives.rollout import RolloutBatch
+from objectives.rollout_rows import RolloutBatch
 from tests.goldens import ours
 
 pytestmark = pytest.mark.oracle

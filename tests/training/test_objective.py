@@ -286,6 +286,7 @@ def test_the_default_is_one_model_trained_whole():
     'masked_lm',
     'reward',
     'grpo',
+    'grpo_seq2seq',
     'ppo',
     'distil',
     'distil_sft',
@@ -293,6 +294,7 @@ def test_the_default_is_one_model_trained_whole():
     'distil_span_corruption',
     'distil_masked_lm',
     'gkd',
+    'gkd_seq2seq',
   ]
   trainer = Trainer(tiny())
   assert list(trainer.state.models) == ['policy']

@@ -14,7 +14,7 @@ from model.adaptation import AdapterConfig
 from objectives import policy, ppo
 from objectives.policy import GRPO, VARIANTS
 from objectives.ppo import PPO
-from objectives.rollout import RolloutBatch
+from objectives.rollout_rows import RolloutBatch
 from parallel import axes
 from parallel.mesh import MeshConfig
 from tests.training.conftest import RATE, SGD, B, T, V, assert_close, host, tiny

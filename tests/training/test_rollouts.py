@@ -20,7 +20,8 @@ from objectives import rollout
 from objectives.gkd import GKD
 from objectives.policy import GRPO
 from objectives.ppo import PPO
-from objectives.rollout import Rollouts, laid_out, packed, unpacked
+from objectives.rollout import Rollouts, laid_out
+from objectives.rollout_rows import AnswerRows, RolloutBatch, packed, unpacked
 from parallel.mesh import MeshConfig, make_mesh
 from tests.training.conftest import assert_close, assert_same, run_here, tiny
 from training import config as configs, state as states
@@ -152,7 +153,7 @@ def policy_of(made, directory, step, name='policy'):
 
 
 def test_a_batch_is_kept_as_it_is():
-  batch = rollout.RolloutBatch.empty(2, 3)
+  batch = RolloutBatch.empty(2, 3)
   batch.behaviour[:] = np.float32(0.1)
   again = unpacked(packed(batch))
   assert_same(vars(again), vars(batch))
@@ -224,7 +225,8 @@ def test_what_did_not_end_may_count_nowhere(place, tmp_path):
       rollout.Question(prompt, 5 + i) for i, prompt in enumerate(run.stage.prompts.train[:4])
     ]
     answers = rollout.answered(run.stage, run.state.models, asked, missing_end=0.25)
-  whole, masked = laid_out(answers, LENGTH, 4), laid_out(answers, LENGTH, 4, masked=True)
+  form = AnswerRows(LENGTH)
+  whole, masked = laid_out(answers, form, 4), laid_out(answers, form, 4, masked=True)
   unended = whole.ended.sum(1) == 0
   assert unended.any()
   assert (masked.weights[unended] == 0).all() and (whole.weights[unended].max(1) == 1).all()
