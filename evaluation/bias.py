@@ -23,6 +23,7 @@ from evaluation import placed
 from evaluation.bias_rows import GROUPS, KINDS, PAIRS, UNKNOWN
 from evaluation.intervals import RESAMPLES, Estimate, summed, wilson
 from evaluation.paired import difference, holm, mcnemar
+from evaluation.running import finite
 
 SHOWN = 2  # sentences of either side of a category
 FILE = 'bias.json'
@@ -213,12 +214,22 @@ def main(arguments: Sequence[str]) -> None:
       said[summary.name] = show(summary.name, summary.prompts, kind, answered, options.seed)
     if not said:
       raise ValueError(f'{place} has no results of tasks of bias; evaluate --tasks=crows_pairs, ..')
-    files.replace(place / FILE, json.dumps(said, indent=1, ensure_ascii=False) + '\n')
+    text = json.dumps(finite(said), indent=1, ensure_ascii=False)
+    files.replace(place / FILE, text + '\n')
     print(f'\nwrote {place}/{FILE}')
 
 
 def show(name: str, prompts: str, kind: str, answered: Sequence[Chosen], seed: int) -> dict:
-  """Prints a report; the same, JSON-able."""
+  """Prints a report; the same, JSON-able. Questions of UNKNOWN whose rows do not say which answer
+  is that of the stereotype are left out, as BBQ's authors do, and counted. Raises ValueError where
+  no other is there.
+  """
+  every = len(answered)
+  if kind == UNKNOWN:
+    answered = [each for each in answered if each.row['stereotype'] is not None]
+  left_out = every - len(answered)
+  if not answered:
+    raise ValueError(f'{name}: none of {every} rows says which answer is that of a stereotype')
   found = REPORTS[kind](answered, seed)
   rows = [
     [f.category, f.what, f.estimate.n, str(f.estimate), '' if f.p is None else f'{f.p:.3g}']
@@ -226,7 +237,11 @@ def show(name: str, prompts: str, kind: str, answered: Sequence[Chosen], seed: i
   ]
   title = f'{name}: {len(answered)} questions, prompts {prompts}'
   commands.table(title, ['category', '', 'n', '95% interval', 'p (Holm)'], rows)
-  said = {'prompts': prompts, 'findings': [each.values() for each in found]}
+  if left_out:
+    print(
+      f'NOTE: {name}: {left_out} of {every} rows do not say which answer is that of a stereotype'
+    )
+  said = {'prompts': prompts, 'findings': [each.values() for each in found], 'left out': left_out}
   if kind == PAIRS:
     said['sentences'] = sentences(answered)
     for category, lines in said['sentences'].items():

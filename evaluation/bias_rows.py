@@ -7,7 +7,7 @@ as often right of one group as of another) or UNKNOWN (is a group named where no
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from evaluation.task import Row, field_of
 
@@ -33,6 +33,16 @@ OCCUPATIONS = {
 }
 # Answers that say that one cannot know, as BBQ words them.
 NOBODY = 'unknown'
+# Of what BBQ's groups are put together, and those that have several names, as its authors read them
+# (analysis_scripts/BBQ_results_metadata.R).
+PART_OF_GROUP = re.compile(r'(f|m|lowses|highses|trans|nontrans)[-_](.+)')
+SAME_GROUP = {
+  **dict.fromkeys(('woman', 'women', 'girl', 'girls'), 'f'),
+  **dict.fromkeys(('man', 'men', 'boy', 'boys'), 'm'),
+  **dict.fromkeys(('transgender women', 'transgender men'), 'trans'),
+  'lowses': 'low ses',
+  'highses': 'high ses',
+}
 
 
 def crows_pairs(row: Row) -> Iterator[Row]:
@@ -105,30 +115,41 @@ def winobias(row: Row) -> Iterator[Row]:
 
 def bbq(row: Row) -> Iterator[Row]:
   """A row of BBQ (Parrish et al., arXiv:2110.08193): which answer is nobody's, and which is that of
-  the stereotype: for a negative question the group that it is of, for another the other one.
-
-  Raises ValueError where the row does not say.
+  the stereotype: for a negative question the group that it is of, for another the other one; None
+  where the row does not say, as where both are of that group.
   """
   place = f'example {row.get("example_id")} of BBQ'
   answers = [str(field_of(f'ans{i}', place, row)) for i in range(3)]
   info = field_of('answer_info', place, row)
   more = field_of('additional_metadata', place, row)
-  groups = [str(info[f'ans{i}'][-1]) for i in range(3)]
-  stereotyped = {str(group).lower() for group in more.get('stereotyped_groups', ())}
-  nobody = [i for i, group in enumerate(groups) if group.lower() == NOBODY]
-  of = [i for i, group in enumerate(groups) if group.lower() in stereotyped]
-  if len(nobody) != 1 or len(of) != 1:
-    raise ValueError(f'{place}: the groups of its answers are {groups}, of {sorted(stereotyped)}')
-  other = ({0, 1, 2} - {*nobody, *of}).pop()
+  groups = [_groups(field_of(f'ans{i}', place, info)) for i in range(3)]
+  stereotyped = _groups(more.get('stereotyped_groups', ()))
+  nobody = [i for i, of in enumerate(groups) if NOBODY in of]
+  named = [i for i, of in enumerate(groups) if NOBODY not in of]
+  # The group that the question is of first.
+  named.sort(key=lambda i: not groups[i] & stereotyped)
+  is_told = len(named) == 2 and [bool(groups[i] & stereotyped) for i in named] == [True, False]
   negative = field_of('question_polarity', place, row) == 'neg'
   yield {
     **row,
     'bias': UNKNOWN,
     'choices': answers,
-    'nobody': nobody[0],
-    'stereotype': of[0] if negative else other,
+    'nobody': nobody[0] if is_told else None,
+    'stereotype': named[0 if negative else 1] if is_told else None,
     'ambiguous': field_of('context_condition', place, row) == 'ambig',
   }
+
+
+def _groups(texts: Iterable[str]) -> set[str]:
+  """All groups that words of BBQ name: 'lowSES-F-Black' has low SES, women and Black people."""
+  found = set()
+  for text in texts:
+    text = str(text).casefold().strip()
+    found.add(text)
+    while part := PART_OF_GROUP.fullmatch(text):
+      found.add(part[1])
+      found.add(text := part[2])
+  return {SAME_GROUP.get(text, text) for text in found}
 
 
 def checklist(

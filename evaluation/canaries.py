@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -331,12 +331,20 @@ def text_of(content: dict) -> list[str]:
     f'the secrets `{content["prompts"]}`.',
     page.table(['in training', 'secrets', 'exposure, bits', 'likeliest of all'], rows),
   ]
-  kept_out = next(iter(content['exposure'].values()))
-  seen = [int(n) for n, each in content['exposure'].items() if each['low'] > kept_out['high']]
-  said = (
-    f'**Memorised**: what was {TIMES.get(min(seen), f"{min(seen)} times")} in the training text, '
-    'or more often, is exposed beyond what was kept out.'
-    if any(seen)
-    else 'No more exposed than what was kept out.'
+  return [*parts, _memorised({int(n): each for n, each in content['exposure'].items()})]
+
+
+def _memorised(exposure: Mapping[int, Mapping]) -> str:
+  """A sentence on exposures by how often secrets were in the training text: of each count whether
+  it is beyond what was kept out, for more often need not be more.
+  """
+  kept_out = exposure[0]
+  is_seen = {n: of['low'] > kept_out['high'] for n, of in sorted(exposure.items()) if n}
+  seen, others = (
+    ' and '.join(TIMES.get(n, f'{n} times') for n, is_it in is_seen.items() if is_it == wanted)
+    for wanted in (True, False)
   )
-  return [*parts, said]
+  if not seen:
+    return 'No more exposed than what was kept out.'
+  said = f'**Memorised**: what was {seen} in the training text is exposed beyond what was kept out'
+  return f'{said}; what was {others} is not shown to be.' if others else f'{said}.'

@@ -5,6 +5,7 @@ paired differences, what was kept of each task, and what a gain has cost.
 import argparse
 import io
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import files
 from evaluation import page
 from evaluation.differences import differences
 from evaluation.forgetting import LINE, LOST, Change, advice, change, mean_retention, percent
-from evaluation.measures import named
+from evaluation.measures import known
 from evaluation.paired import holm
 from evaluation.running import Summary, finite, read_lines
 
@@ -62,9 +63,10 @@ def _read(directory: str) -> list[Summary]:
 
 
 def compared(before: Mapping[str, Summary], place: str, after: str, seed: int = 0) -> list[Change]:
-  """Changes of all tasks that both have, each metric; those that one alone has are said.
+  """Changes of all tasks that both have, each metric; those that one alone has, and metrics of
+  which it is not known how they add up, are said.
 
-  Raises ValueError where they have none in common, and for other questions or settings.
+  Raises ValueError where nothing is left to compare, and for other questions or settings.
   """
   others = {summary.name: summary for summary in _read(after)}
   shared = [name for name in before if name in others]
@@ -80,10 +82,16 @@ def compared(before: Mapping[str, Summary], place: str, after: str, seed: int = 
     if [line['digest'] for line in lines[0]] != [line['digest'] for line in lines[1]]:
       raise ValueError(f'{name}: the lines of {place} and {after} are of other questions')
     for metric in before[name].metrics:
-      measure = named(metric, before[name].settings['task'])
+      measure = known(metric, before[name].settings['task'], name)
+      if measure is None:
+        continue
       sides = [[line['stats'] and line['stats'][metric] for line in of] for of in lines]
       chance = before[name].chance if metric == next(iter(before[name].metrics)) else 0.0
       changes.append(change(name, measure, *sides, chance, seed))
+  if not changes:
+    raise ValueError(
+      f'{place} and {after} have no metric that can be compared; see the notes above'
+    )
   return changes
 
 
@@ -100,30 +108,43 @@ def _check_same(before: Summary, after: Summary) -> None:
 
 
 def _rows(changes: Sequence[Change]) -> list[list[str]]:
-  adjusted = holm([each.p for each in changes])
+  adjusted = iter(holm([each.p for each in changes if each.p is not None]))
   return [
     [
       each.task,
       each.metric + (' ↓' if each.lower_is_better else ''),
-      f'{each.before:.3f}',
-      f'{each.after:.3f}',
-      f'{each.difference.value:+.3f} [{each.difference.low:+.3f}, {each.difference.high:+.3f}]',
-      f'{each.p:.2g}',
-      f'{p:.2g}',
-      percent(each.retention),
-      percent(each.corrected) if each.chance else '',
+      _number(each.before),
+      _number(each.after),
+      *(_told(each, next(adjusted)) if each.is_compared else [''] * 5),
       each.verdict,
     ]
-    for each, p in zip(changes, adjusted)
+    for each in changes
   ]
+
+
+def _told(each: Change, adjusted: float) -> list[str]:
+  """Of what is compared; adjusted: its p, by Holm."""
+  gap = each.difference
+  return [
+    f'{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]',
+    f'{each.p:.2g}',
+    f'{adjusted:.2g}',
+    percent(each.retention),
+    percent(each.corrected) if each.chance else '',
+  ]
+
+
+def _number(value: float) -> str:
+  return f'{value:.3f}' if math.isfinite(value) else 'no number'
 
 
 LEGEND = f"""Differences and retentions are of the same questions on both sides, with the 95%
 interval of a paired bootstrap. p: that a difference as large is luck (McNemar's of rates, else a
-permutation test); Holm: corrected for as many tests as there are. Retention is after / before, and
-before / after where lower is better; above chance, both less the score of guessing. Tasks at which
-the model was at chance before count nowhere. Not shown above {LINE:.0%}: the interval ends below
-it."""
+permutation test); Holm: corrected for as many tests as there are. What is no number on a side, such
+as a perplexity beyond all numbers, is not compared, and is no test. Retention is after / before,
+and before / after where lower is better; above chance, both less the score of guessing. Tasks at
+which the model was at chance before count nowhere. Not shown above {LINE:.0%}: the interval ends
+below it."""
 HEADERS = (
   'task',
   'metric (↓ lower is better)',
@@ -164,15 +185,22 @@ def _split(changes: Sequence[Change], target: Sequence[str]) -> tuple[list[Chang
 def _said(changes: Sequence[Change], target: Sequence[str]) -> list[str]:
   tuned, others = _split(changes, target)
   lines = [f'NOTE: {c.task}: {c.left_out} questions have no score' for c in others if c.left_out]
+  lines += [
+    f'NOTE: {c.task}: {c.metric} is {_number(c.before)} before and {_number(c.after)} after, and '
+    'is not compared'
+    for c in changes
+    if not c.is_compared
+  ]
   lines += advice(others)
   mean = mean_retention(others)
   if mean is not None:
     warn = f'  {LOST}' if mean < LINE else ''
-    count = sum(not each.at_chance for each in others)
+    count = sum(each.kept is not None for each in others)
     of = f'{count} task{"s" * (count > 1)}'
     lines.append(f'mean retention of {of}: {mean:.1%}{warn}')
   for each in tuned:
-    lines.append(f'target {each.task}: {each.metric} {each.before:.3f} -> {each.after:.3f}')
+    scores = f'{_number(each.before)} -> {_number(each.after)}'
+    lines.append(f'target {each.task}: {each.metric} {scores}')
   return lines
 
 
@@ -216,8 +244,7 @@ def what_was_kept(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[
   """Of each task but the target, with intervals, side by side."""
   for i, (after, of) in enumerate(changes.items()):
     _, others = _split(of, target)
-    kept = [(c.task, c.corrected or c.retention) for c in others if not c.at_chance]
-    kept = [(task, estimate) for task, estimate in kept if estimate is not None]
+    kept = [(c.task, c.kept) for c in others if c.kept is not None]
     y = [j + 0.15 * i for j in range(len(kept))]
     x = [min(e.value, 2) for _, e in kept]
     errors = [[max(e.value - max(e.low, -2), 0) for _, e in kept]]
@@ -234,6 +261,7 @@ def _trade_off(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[str
   """What the target gained, in per cent of before, against the mean of what was kept."""
   for after, of in changes.items():
     tuned, others = _split(of, target)
+    tuned = [each for each in tuned if each.is_compared]
     kept = mean_retention(others)
     gains = [(c.before - c.after if c.lower_is_better else c.after - c.before) for c in tuned]
     relative = [100 * g / abs(c.before) for g, c in zip(gains, tuned) if c.before]

@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import json
 import pathlib
-import re
 import time
 from collections.abc import Iterable, Sequence
 
@@ -24,11 +23,12 @@ import files
 from data import compressed
 from data.config import SourceConfig
 from data.sources import Problems, documents
-from evaluation import page, task as tasks
+from evaluation import page, placed, task as tasks
 from evaluation.examples import Item, Manner, examples
 from evaluation.intervals import Estimate, wilson
-from evaluation.measures import named
-from evaluation.running import check_own, read_lines
+from evaluation.measures import known
+from evaluation.running import check_own, finite
+from evaluation.words import split_words
 
 WORDS = 13  # of a run that is no chance
 LEAST = 8  # a text of fewer words is found everywhere: nothing is said of it
@@ -36,12 +36,10 @@ FIRST = 3  # words of a run by which it is looked up
 FILE = 'contamination.json'
 KINDS = {'.txt': 'text', '.jsonl': 'jsonl', '.csv': 'csv', '.parquet': 'parquet'}
 
-WORD = re.compile(r'\w+')
-
 
 def words_of(text: str) -> list[str]:
   """In lower case, without what is between them."""
-  return WORD.findall(text.lower())
+  return split_words(text.lower())
 
 
 class Runs:
@@ -107,7 +105,8 @@ class Contaminated:
 
 def texts_of(item: Item) -> list[str]:
   """All that would give a question away: what is asked, and with it what would be right."""
-  answers = item.references or item.choices
+  # That what is wrong is read somewhere gives nothing away.
+  answers = item.references or item.choices[item.truth : item.truth + 1]
   return [item.prompt, *(f'{item.prompt} {answer}' for answer in answers), *answers]
 
 
@@ -150,13 +149,13 @@ def scored(of_task: Contaminated, items: Sequence[Item], results: pathlib.Path, 
   if summary is None:
     print(f'NOTE: {results} has no evaluation of {of_task.task} without examples')
     return of_task
-  lines = [*read_lines(results / f'{summary.name}.jsonl')]
-  if [line['digest'] for line in lines] != [item.digest for item in items[: len(lines)]]:
-    raise ValueError(
-      f'{results}/{summary.name}.jsonl is of other questions; give its --data, --limit and --system'
-    )
-  metric = next(iter(summary.metrics))
-  measure, scores = named(metric, summary.settings['task']), {}
+  # Text may be searched for more questions than were asked.
+  asked = items[: summary.n]
+  lines = [line for line, _ in placed.beside(results / f'{summary.name}.jsonl', asked)]
+  metric, scores = next(iter(summary.metrics)), {}
+  measure = known(metric, summary.settings['task'], summary.name)
+  if measure is None:
+    return of_task
   for which, wanted in (('found', True), ('others', False)):
     of = [
       line['stats'][metric]
@@ -215,7 +214,7 @@ def main(arguments: Sequence[str]) -> None:
       for i, run in [*each.shown.items()][:2]:
         print(f'{each.task}: {asked[each.task][i].place}: "{run}"')
     content = own | {'tasks': [each.values() for each in done]}
-    files.replace(path, json.dumps(content, indent=1) + '\n')
+    files.replace(path, json.dumps(finite(content), indent=1) + '\n')
     print(f'\nwrote {path}')
 
 

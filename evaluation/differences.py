@@ -1,6 +1,10 @@
 """Are results of one evaluation, or of another? By what was asked."""
 
-from collections.abc import Mapping
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+
+import files
 
 
 def differences(was: Mapping, now: Mapping, path: str = '') -> list[str]:
@@ -13,3 +17,12 @@ def differences(was: Mapping, now: Mapping, path: str = '') -> list[str]:
     elif a != b:
       lines.append(f'{path}{name} was {a!r:.80} and is {b!r:.80}')
   return lines
+
+
+def settings_in(output: pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
+  """(file, what it holds) of all tasks of a directory that were begun."""
+  for path in sorted(output.glob('*-*.json')):
+    if re.fullmatch(r'.+-\d+', path.stem):
+      content = files.json_object(path.read_bytes(), path)
+      if isinstance(content.get('settings'), dict):
+        yield path, content

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from data.chat import ChatTemplate, quoted
 from data.records import LabelRecord
+from data.template import Template
 from data.tokenizer import in_utf8
 from decode.choices import room
 from decode.loaded import LoadedModel
@@ -56,7 +57,7 @@ class Item:
     shots: (prompt, answer) of the examples before it; of a Classification (text, label).
     choices, truth: of a MultipleChoice, and which is right; of a Classification its label.
     references: of a Generate.
-    digest: of all that is asked, and what would be right.
+    digest: of all that is asked, what would be right, and by what it is told apart (Task.by).
   """
 
   place: str
@@ -89,7 +90,7 @@ def examples(task: Task, k: int, manner: Manner) -> list[Item]:
   """The questions of a task, each with k examples before it, in the order of its rows.
 
   Raises ValueError, naming the place, for rows that are not what the task takes, and for more
-  examples than there are; FileNotFoundError naming --data.
+  examples than there are; FileNotFoundError naming --data, or a template.
   """
   every = [_plain(task, *placed) for placed in rows_of(task, task.data, manner.data)]
   asked = every[: manner.limit or None]
@@ -99,7 +100,13 @@ def examples(task: Task, k: int, manner: Manner) -> list[Item]:
   if k and task.shots:
     pool = [_plain(task, *placed) for placed in rows_of(task, task.shots, manner.data)]
   shown = _Shown(task, pool, k, manner.seed) if k else None
-  return [_frozen(task, each, shown.before(each) if shown else (), manner) for each in asked]
+  template = None
+  if isinstance(task.kind, Classification):
+    # The task names its file alone, and the pattern and words are what is asked.
+    template = Template.read(task.kind.template).values()
+  return [
+    _frozen(task, each, shown.before(each) if shown else (), manner, template) for each in asked
+  ]
 
 
 def digest_of(asked: Sequence[Item]) -> str:
@@ -185,10 +192,14 @@ class _Shown:
     return shot.references[0]
 
 
-def _frozen(task: Task, asked: Item, shots, manner: Manner) -> Item:
+def _frozen(task: Task, asked: Item, shots, manner: Manner, template: dict | None) -> Item:
   said = [manner.system, task.instruction, shots, asked.prompt, asked.choices, asked.truth]
-  content = json.dumps([*said, asked.references]).encode()
-  digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+  said.append(asked.references)
+  if template is not None:
+    said.append(template)
+  if task.by:
+    said.append(str(asked.row.get(task.by)))
+  digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
   return dataclasses.replace(asked, shots=shots, digest=digest)
 
 

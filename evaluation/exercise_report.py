@@ -186,7 +186,7 @@ def before_rows(before: Sequence[Summary]) -> list[list[str]]:
   rows = []
   for each in before:
     name, metric = next(iter(each.metrics.items()))
-    above = 'yes' if metric['low'] > each.chance else 'no'
+    above = 'yes' if metric['low'] is not None and metric['low'] > each.chance else 'no'
     said = (
       [f'{each.chance:.3g}', above] if each.chance and not metric['lower_is_better'] else ['', '']
     )
@@ -212,7 +212,8 @@ def kept_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     for each in changes:
       kept = percent(each.corrected or each.retention)
       warned = f'{kept} {LOST.split(":")[0]}' if each.verdict == LOST else kept
-      cells.append(each.verdict if each.at_chance else warned)
+      is_told = each.is_compared and not each.at_chance
+      cells.append(warned if is_told else each.verdict)
     rows.append([changes[0].task, *cells])
   return rows
 

@@ -8,6 +8,7 @@ n questions, in the same order on both sides · S statistics of a question (eval
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from evaluation.measures import Measure
 LINE = 0.8  # of what could be done before: below it, a model is said to have forgotten
 KEPT, UNSURE, LOST = 'kept', 'not shown above 80%', 'WARNING: below 80%'
 AT_CHANCE = 'at chance before'
+NO_NUMBER = 'no number on a side'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +29,11 @@ class Change:
 
   Attributes:
     task: with its number of examples. metric: its name. chance: the score of who knows nothing.
-    before, after: the scores. difference: after less before.
+    before, after: the scores. difference: after less before; NaN where one of them is no finite
+      number: these are not compared.
     retention, corrected: see above; None where there is none.
-    p: that a difference as large is luck: McNemar's of rates, else of a permutation test.
+    p: that a difference as large is luck: McNemar's of rates, else of a permutation test; None
+      where nothing is compared.
     left_out: questions that have no score on a side.
   """
 
@@ -42,12 +46,14 @@ class Change:
   difference: Estimate
   retention: Estimate | None
   corrected: Estimate | None
-  p: float
+  p: float | None
   left_out: int
 
   @property
   def verdict(self) -> str:
     """By the worse of the two retentions that there are; who was at chance had nothing to lose."""
+    if not self.is_compared:
+      return NO_NUMBER
     if self.at_chance:
       return AT_CHANCE
     there = [each for each in (self.retention, self.corrected) if each is not None]
@@ -60,7 +66,18 @@ class Change:
   @property
   def at_chance(self) -> bool:
     """Whether it was at chance before: what is left of that says nothing."""
-    return bool(self.chance) and not self.lower_is_better and self.corrected is None
+    told = self.is_compared and bool(self.chance) and not self.lower_is_better
+    return told and self.corrected is None
+
+  @property
+  def is_compared(self) -> bool:
+    """Whether both scores are finite: a perplexity can be beyond all numbers."""
+    return math.isfinite(self.before) and math.isfinite(self.after)
+
+  @property
+  def kept(self) -> Estimate | None:
+    """The retention, above chance where there is one; None where nothing is told of it."""
+    return None if self.at_chance else self.corrected or self.retention
 
   @property
   def better(self) -> bool:
@@ -89,18 +106,27 @@ def change(
     raise ValueError(f'{task}: no question has a score on both sides')
   first, second = (np.array(side, np.float64) for side in zip(*pairs))
   value, lower = measure.value, measure.lower_is_better
-  return Change(
+  made = Change(
     task=task,
     metric=measure.name,
     lower_is_better=lower,
     chance=chance,
     before=value(first.sum(0)),
     after=value(second.sum(0)),
+    difference=Estimate(math.nan, math.nan, math.nan, len(pairs), 'bootstrap'),
+    retention=None,
+    corrected=None,
+    p=None,
+    left_out=len(before) - len(pairs),
+  )
+  if not made.is_compared:
+    return made
+  return dataclasses.replace(
+    made,
     difference=paired.difference(first, second, value, seed),
     retention=_left(first, second, measure, 0.0, seed),
     corrected=_left(first, second, measure, chance, seed) if chance and not lower else None,
     p=_luck(first, second, measure, seed),
-    left_out=len(before) - len(pairs),
   )
 
 
@@ -123,8 +149,7 @@ def _luck(first, second, measure: Measure, seed: int) -> float:
 
 def mean_retention(changes: Sequence[Change]) -> float | None:
   """Of the retentions that there are, those that are corrected where they can be."""
-  there = [c.corrected or c.retention for c in changes if not c.at_chance]
-  kept = [each.value for each in there if each is not None]
+  kept = [each.kept.value for each in changes if each.kept is not None]
   return float(np.mean(kept)) if kept else None
 
 

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,7 +24,7 @@ import commands
 import files
 from evaluation import page, placed
 from evaluation.intervals import Estimate
-from evaluation.measures import Measure, named
+from evaluation.measures import Measure, known
 from evaluation.paired import SWAPS
 from evaluation.running import Summary, finite, shown
 from evaluation.task import Row, field_of
@@ -89,7 +90,8 @@ def rise(
   deals: int = SWAPS // 10,
 ) -> Rise | None:
   """The cut between periods, with the largest step to the worse for how many documents each side
-  has; None where no cut leaves SIDE of them on either.
+  has; None where no cut leaves SIDE of them on either. Raises ValueError for a document whose value
+  is not finite.
 
   Steps are of means over documents, each by its own value; `before` and `after` are of their sums.
   p: how often dates that are dealt out anew have as large a step anywhere (a permutation test of
@@ -103,6 +105,10 @@ def rise(
   sums = statistics[order]
   sign = 1.0 if measure.lower_is_better else -1.0
   values = sign * np.array([measure.value(row) for row in sums])
+  if not np.isfinite(values).all():
+    raise ValueError(
+      f'{int((~np.isfinite(values)).sum())} documents have no finite {measure.name}; leave them out'
+    )
   cut, seen = _largest(values, cuts)
   draw = np.random.Generator(np.random.Philox(seed))
   larger = sum(_largest(draw.permutation(values), cuts)[1] >= seen for _ in range(deals))
@@ -138,10 +144,11 @@ def main(arguments: Sequence[str]) -> None:
   with commands.mendable(ImportError):
     place = pathlib.Path(options.results)
     own = [*filter(None, options.tasks.split(','))]
-    said = {
-      summary.name: report(summary, told, options.by, options.seed)
-      for summary, told in placed.results(place, options.data, own, 'date')
-    }
+    said = {}
+    for summary, told in placed.results(place, options.data, own, 'date'):
+      measure = known(next(iter(summary.metrics)), summary.settings['task'], summary.name)
+      if measure is not None:
+        said[summary.name] = report(summary, measure, told, options.by, options.seed)
     if not said:
       raise ValueError(f'{place} has no results of tasks of dates; evaluate --tasks=dated')
     files.replace(place / FILE, json.dumps(finite(said), indent=1) + '\n')
@@ -152,18 +159,25 @@ def main(arguments: Sequence[str]) -> None:
     print(f'\nwrote {place}/{PAGE} and {FILE}')
 
 
-def report(summary: Summary, told: Sequence[tuple[Mapping, Mapping]], by: str, seed: int) -> dict:
+def report(
+  summary: Summary,
+  measure: Measure,
+  told: Sequence[tuple[Mapping, Mapping]],
+  by: str,
+  seed: int,
+) -> dict:
   """What is said of one task's lines with their rows, JSON-able."""
-  metric = next(iter(summary.metrics))
-  measure = named(metric, summary.settings['task'])
-  kept = [(line, row) for line, row in told if line['stats'] is not None]
+  metric = measure.name
+  scored = [(line['stats'][metric], row) for line, row in told if line['stats'] is not None]
+  # A text without a byte has no bits per byte, and is neither better nor worse than others.
+  kept = [(of, row) for of, row in scored if math.isfinite(measure.value(np.array(of, np.float64)))]
   if not kept:
     raise ValueError(f'{summary.name}: no text has a finite score; the model is broken')
   for _, row in kept:
     if by == 'month' and len(str(row['date'])) < 7:
       raise ValueError(f'{summary.name}: date={row["date"]!r} has no month; give --by=year')
   periods = [day_of(row['date']).strftime(PERIODS[by]) for _, row in kept]
-  statistics = np.array([line['stats'][metric] for line, _ in kept], np.float64)
+  statistics = np.array([of for of, _ in kept], np.float64)
   found = rise(periods, statistics, measure, seed)
   return {
     'prompts': summary.prompts,

@@ -74,6 +74,15 @@ def named(name: str, settings: Mapping[str, Any]) -> Measure:
   )
 
 
+def known(name: str, settings: Mapping[str, Any], of: str) -> Measure | None:
+  """As `named`; None where it is not known, which is said with the results that it is of."""
+  try:
+    return named(name, settings)
+  except ValueError as error:
+    print(f'NOTE: {of}: {error}; it is left out')
+    return None
+
+
 def _of_texts(metric: Metric) -> Measure:
   return Measure(
     metric.name, metric.value, metric.lower_is_better, metric.rate, lambda: metric.signature

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import files
-from evaluation.running import SAID, Summary, read_lines, settings_in, shown
+from evaluation.differences import settings_in
+from evaluation.running import SAID, Summary, finite, read_lines, shown
 from evaluation.scoring import Line
 
 PAGE, PICTURE, VALUES = 'evaluation.md', 'evaluation.png', 'evaluation.json'
@@ -25,7 +26,8 @@ def write(output: pathlib.Path, run: Mapping, failed: Mapping[str, str]) -> list
   """
   summaries = read(output)
   values = {'run': dict(run), 'results': [vars(summary) for summary in summaries]}
-  files.replace(output / VALUES, json.dumps(values | {'failed': dict(failed)}, indent=1) + '\n')
+  values = finite(values | {'failed': dict(failed)})
+  files.replace(output / VALUES, json.dumps(values, indent=1) + '\n')
   if summaries:
     files.replace(output / PICTURE, picture(summaries, str(run.get('workdir', ''))))
   files.replace(output / PAGE, page(output, run, summaries, failed))
@@ -82,7 +84,7 @@ def _scores(summaries: Iterable[Summary]) -> str:
 def notes(summaries: Iterable[Summary]) -> list[str]:
   """What is to be known of scores besides: what was counted, a line each."""
   return [
-    f'{summary.name}: {count} of {summary.n} {SAID[what]}'
+    f'{summary.name}: {count} of {summary.counted(what)} {SAID[what]}'
     for summary in summaries
     for what, count in summary.counts.items()
     if count

@@ -88,7 +88,8 @@ def permutation_test(
   change = second - first
   # What is equal but for rounding is as large.
   least = seen - 1e-12 * max(1.0, seen)
-  larger = sum(gap(first.sum(0) + of_swaps) >= least for of_swaps in signs @ change)
+  # So is one that is no number: of it nothing is shown.
+  larger = sum(not gap(first.sum(0) + of_swaps) < least for of_swaps in signs @ change)
   # What was seen is one of the ways, which all of them hold, and a draw may not.
   return larger / len(signs) if n <= ENUMERATED else (larger + 1) / (len(signs) + 1)
 

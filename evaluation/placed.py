@@ -1,11 +1,16 @@
-"""Which row was each line of results made of? For reports of what a line does not say itself."""
+"""Which question, of which row, was each line of results made of? For reports of what a line does
+not say itself.
+"""
 
 import argparse
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from evaluation import page, task as tasks
+from evaluation.examples import Item, Manner, examples
 from evaluation.running import Summary, read_lines
+
+OTHER = 'this is not what was asked; give the --data, and all else, that it was evaluated with'
 
 
 def parser(name: str, about: str) -> argparse.ArgumentParser:
@@ -27,37 +32,41 @@ def results(
   """(summary, [(line, row)]) of the evaluations in a directory whose tasks' rows have a field.
 
   data: the directory of the files that were asked. own: files of tasks that are not in
-    configs/tasks. Raises ValueError for a line whose row is not there.
+    configs/tasks. Raises ValueError where they are not what was asked.
   """
   known = dict(map(tasks.read, own))
   for summary in page.read(place):
     if summary.task not in known and summary.task not in tasks.known():
       continue
     task = known.get(summary.task) or tasks.read(summary.task)[1]
-    rows: dict[str, list] = {}
     try:
-      for at, row in tasks.rows_of(task, task.data, data):
-        rows.setdefault(at, []).append(row)
+      if not all(field in row for _, row in tasks.rows_of(task, task.data, data)):
+        continue
+      asked = examples(task, summary.shots, manner_of(summary, data))
     except FileNotFoundError as error:
       print(f'NOTE: {summary.name} is left out: {error}')
       continue
-    if all(field in row for of in rows.values() for row in of):
-      lines = read_lines(place / f'{summary.name}.jsonl')
-      yield summary, [*beside(lines, rows, summary.name)]
+    pairs = beside(place / f'{summary.name}.jsonl', asked)
+    yield summary, [(dict(line), dict(item.row)) for line, item in pairs]
 
 
-def beside(
-  lines: Iterator[Mapping], rows: Mapping[str, Sequence[Mapping]], name: str
-) -> Iterator[tuple[dict, dict]]:
-  """Lines with their rows, by their places; a place that is of several rows has as many lines, in
-  the same order.
+def manner_of(summary: Summary, data: str) -> Manner:
+  """How a task was asked, with its files in this directory."""
+  asked = {name: summary.settings[name] for name in ('limit', 'seed', 'system', 'chat')}
+  return Manner(data=data, **asked)
+
+
+def beside(path: pathlib.Path, asked: Sequence[Item]) -> list[tuple[Mapping, Item]]:
+  """Each line of results with its question. Raises ValueError where they are of other questions, or
+  of as many others.
   """
-  waiting = {place: iter(of) for place, of in rows.items()}
-  for line in lines:
-    row = next(waiting.get(line['place'], iter(())), None)
-    if row is None:
+  lines = [*read_lines(path)]
+  if len(lines) != len(asked):
+    raise ValueError(f'{path} is of {len(lines)} questions, and there are {len(asked)}: {OTHER}')
+  for line, item in zip(lines, asked):
+    if line['digest'] != item.digest:
       raise ValueError(
-        f'{name}: {line["place"]} is no row of which the task makes a question; give the --data '
-        'that it was evaluated with'
+        f'{path}: line {line["i"]}, of {line["place"]}, is of another question than {item.place} '
+        f'is now: {OTHER}'
       )
-    yield dict(line), dict(row)
+  return [*zip(lines, asked)]

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import files
+from evaluation.differences import settings_in
 from evaluation.strengths import FIRST, SECOND, TIE, Comparison
 
 PAIRS, SCALES = MODES = ('pairs', 'scales')
@@ -24,6 +25,7 @@ POINTS = range(1, 6)
 PREFERENCE = 'preference'  # the one criterion of pairs
 NAME = 64  # characters of a rater's name, at most
 BUSY = 10.0  # seconds to wait for another process with the same file
+OF_FILE = ':'  # in a key, behind the file of a directory
 VERSION = 1
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS study (what TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -72,14 +74,18 @@ class Rating:
 
 
 def read_answers(place: str | os.PathLike) -> dict[str, tuple[str, str]]:
-  """{key: (prompt, answer)} of a directory of results, or of one file of JSON lines.
+  """{key: (prompt, answer)} of a directory of results of tasks, those that are complete, or of one
+  file of JSON lines.
 
   A line has a `prompt`, and an `answer` or `answers`, of which the first counts; others are left
   out. What is the same on both sides is known by its `id` or its prompt, how often that came
   before, and in a directory by its file. Raises ValueError where there is none.
   """
   place = pathlib.Path(place)
-  names = sorted(place.glob('*.jsonl')) if place.is_dir() else [place]
+  names = [place]
+  if place.is_dir():
+    complete = (file for file, content in settings_in(place) if 'metrics' in content)
+    names = [path for file in complete if (path := file.with_suffix('.jsonl')).is_file()]
   found: dict[str, tuple[str, str]] = {}
   times: collections.Counter = collections.Counter()
   for path in names:
@@ -96,7 +102,7 @@ def read_answers(place: str | os.PathLike) -> dict[str, tuple[str, str]]:
         # Not by a digest of all that was asked: what stands before a prompt is a way to answer it.
         known = row.get('id', row['prompt'])
         key = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
-        key = f'{path.stem}:{key}' if place.is_dir() else key
+        key = f'{path.stem}{OF_FILE}{key}' if place.is_dir() else key
         times[key] += 1
         key += f'.{times[key]}' if times[key] > 1 else ''
         found[key] = (row['prompt'], answer)
@@ -113,8 +119,11 @@ def items_of(
 ) -> tuple[list[RatedItem], dict[str, int]]:
   """(What all sides answer, how many questions were left out and why).
 
-  Raises ValueError where sides have different prompts by one key, or nothing in common.
+  A directory beside a file is matched whatever its files are called. Raises ValueError where sides
+  have different prompts by one key, or nothing in common, and for a question of a directory beside
+  a file that is in several of its files.
   """
+  sides = _matched(sides)
   first = sides[0]
   shared = [key for key in first if all(key in side for side in sides)]
   items, equal = [], 0
@@ -135,6 +144,30 @@ def items_of(
     raise ValueError(f'there is nothing to rate: {reason}; give other results')
   alone = sum(len(side) for side in sides) - len(shared) * len(sides)
   return items, {'of one side alone': alone, 'with equal answers': equal}
+
+
+def _matched(
+  sides: Sequence[Mapping[str, tuple[str, str]]],
+) -> list[Mapping[str, tuple[str, str]]]:
+  """The sides, with keys of directories without their files where another side is a file."""
+  of_files = [{key.rpartition(OF_FILE)[0] for key in side} for side in sides]
+  if all('' in names for names in of_files) or not any('' in names for names in of_files):
+    return [*sides]
+  every = {key for side in sides for key in side if OF_FILE not in key}
+  matched = []
+  for side in sides:
+    plain: dict[str, tuple[str, str]] = {}
+    places: dict[str, str] = {}
+    for key, said in side.items():
+      name, _, own = key.rpartition(OF_FILE)
+      if own in plain and own in every:
+        raise ValueError(
+          f'{said[0][:60]!r} is a question of {places[own]} and of {name}, and one of a file that '
+          'is rated beside them; give the file of one of them'
+        )
+      plain[own], places[own] = said, name
+    matched.append(plain)
+  return matched
 
 
 def rater_of(name: object) -> str:

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
 import time
 import traceback
@@ -22,12 +21,13 @@ import numpy as np
 import commands
 import files
 from decode.generator import Generator
-from evaluation.differences import differences
+from evaluation.differences import differences, settings_in
 from evaluation.examples import Item, Manner, digest_of, examples, ways
 from evaluation.scoring import Line, Scorer, scorer
 from evaluation.task import Task
 
 COUNTED = ('cut', 'nan', 'empty', 'endless', 'failed')
+OF_ANSWERS = ('empty', 'endless', 'failed')  # of these, of each answer of a question
 # What is said of each, where it is not 0.
 SAID = {
   'cut': 'prompts were cut on the left to fit the context',
@@ -36,6 +36,7 @@ SAID = {
   'endless': 'answers ended at max_new_tokens',
   'failed': 'answers ended where the scores were not finite',
 }
+CHANGED = 'the data, or a template, was changed since; give another --output'
 SETTLED = 16  # questions after which it is said how long the others take
 SECONDS = 20.0  # between lines of progress where nobody looks at a terminal
 
@@ -47,7 +48,8 @@ class Summary:
   Attributes:
     task: its name. settings: all that decides the lines, JSON-able. n: questions.
     prompts: digest of all questions. chance: the score of who knows nothing.
-    metrics: {name: its value, low, high, n, method, lower_is_better}, the first first.
+    metrics: {name: its value, low, high, n, method, lower_is_better}, the first first; None for
+      what is no finite number.
     by: {value of Task.by: {the first metric's name: the same}}.
     counts: of COUNTED.
   """
@@ -69,6 +71,11 @@ class Summary:
   def name(self) -> str:
     return f'{self.task}-{self.shots}'
 
+  def counted(self, what: str) -> int:
+    """Of how many a count is: of questions, or, of OF_ANSWERS, of as many answers as were drawn."""
+    samples = self.settings['task']['kind'].get('samples', 1) if what in OF_ANSWERS else 1
+    return self.n * samples
+
 
 class TaskFiles:
   """Where one task with k examples is written.
@@ -88,10 +95,19 @@ class TaskFiles:
         'remove it'
       )
 
-  @property
-  def summary(self) -> Summary | None:
-    """What was made of all lines; None where they are not all there."""
-    return Summary(**self._kept) if 'metrics' in self._kept else None
+  def ended(self, asked: Sequence[Item]) -> Summary | None:
+    """What was made of all lines; None where they are not all there. Raises ValueError where they
+    are of other questions.
+    """
+    if 'metrics' not in self._kept:
+      return None
+    summary = Summary(**self._kept)
+    if summary.prompts != (now := digest_of(asked)):
+      raise ValueError(
+        f'{self.file} is of other questions, {summary.n} with digest {summary.prompts}, and there '
+        f'are {len(asked)} with digest {now}: {CHANGED}'
+      )
+    return summary
 
   def begin(self, asked: Sequence[Item], block: int) -> list[Line]:
     """The lines that are there, in whole blocks. Raises ValueError where they are of other
@@ -107,8 +123,8 @@ class TaskFiles:
     for line, each in zip(lines, asked):
       if line.get('digest') != each.digest:
         raise ValueError(
-          f'{self.lines_file}: line {line.get("i")} is of another question than {each.place}: the '
-          'data was changed since; give another --output'
+          f'{self.lines_file}: line {line.get("i")} is of another question than {each.place}: '
+          f'{CHANGED}'
         )
     if len(lines) > len(asked):
       raise ValueError(f'{self.lines_file} has more lines than questions; give another --output')
@@ -125,16 +141,7 @@ class TaskFiles:
       os.fsync(file.fileno())
 
   def end(self, summary: Summary) -> None:
-    files.replace(self.file, json.dumps(dataclasses.asdict(summary), indent=1) + '\n')
-
-
-def settings_in(output: pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
-  """(file, what it holds) of all tasks of a directory that were begun."""
-  for path in sorted(output.glob('*-*.json')):
-    if re.fullmatch(r'.+-\d+', path.stem):
-      content = files.json_object(path.read_bytes(), path)
-      if isinstance(content.get('settings'), dict):
-        yield path, content
+    files.replace(self.file, json.dumps(finite(dataclasses.asdict(summary)), indent=1) + '\n')
 
 
 def _check_alone(output: pathlib.Path, common: Mapping[str, Any]) -> None:
@@ -220,11 +227,11 @@ def _of_manner(manner: Manner) -> dict:
 
 
 def _one(model, name: str, task: Task, manner: Manner, place: TaskFiles, log) -> Summary:
-  if place.summary is not None:
-    log(f'{place.summary.name}: is there already')
-    return place.summary
   k = place.settings['shots']
   asked = examples(task, k, manner)
+  if done := place.ended(asked):
+    log(f'{done.name}: is there already')
+    return done
   scored = scorer(model, task, manner, asked)
   lines = place.begin(asked, scored.block)
   if lines:
@@ -252,7 +259,7 @@ def summarised(name: str, settings: dict, scored: Scorer, lines: Sequence[Line])
     estimate = measure.estimate(np.array(statistics, np.float64), seed)
     more = {'lower_is_better': measure.lower_is_better}
     signature = measure.signature()
-    metrics[measure.name] = (
+    metrics[measure.name] = finite(
       estimate.values() | more | ({'signature': signature} if signature else {})
     )
   by: dict[str, dict] = {}
@@ -279,7 +286,7 @@ def shown(metric: Mapping[str, Any]) -> str:
 
 
 def _digits(value: float | None) -> str:
-  if value is None:
+  if value is None or not math.isfinite(value):
     return 'no number'
   return f'{value:.3f}' if abs(value) < 10 else f'{value:,.2f}'
 

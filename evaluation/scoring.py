@@ -18,7 +18,7 @@ from decode.generator import Generator
 from decode.request import FAILED
 from evaluation import writing
 from evaluation.classify import CONTENT_FREE, asking_of, label_scores, probabilities
-from evaluation.examples import Asker, Item, Manner, fitted
+from evaluation.examples import Asker, Item, Manner, fitted, is_pairs
 from evaluation.measures import Measure, chance_of, classified, measures
 from evaluation.pseudo import pair_scores
 from evaluation.sandbox import CONFINED
@@ -123,10 +123,11 @@ class Choosing(Scorer):
       normalised = (sums - nothing) / sizes
     nan = not np.isfinite(normalised).all()
     stats = {}
+    pairs = is_pairs(self.task)
     for measure, scores in zip(self.measures, (normalised, sums)):
-      said = -1 if nan else int(scores.argmax())
+      said = -1 if nan else likeliest(scores, pairs)
       stats[measure.name] = [float(said == each.truth), 1.0]
-    said = -1 if nan else int(normalised.argmax())
+    said = -1 if nan else likeliest(normalised, pairs)
     return line | {'said': said, 'nan': int(nan), 'stats': stats}
 
   def _size(self, choice: str, score) -> int:
@@ -142,6 +143,17 @@ class Choosing(Scorer):
   @property
   def chance(self):
     return chance_of(self.task, [len(each.choices) for each in self.asked])
+
+
+def likeliest(scores: np.ndarray, pairs: bool) -> int:
+  """Which of several choices is said. Of two texts of a minimal pair none where they are as likely,
+  -1: the right one has to be the likelier one, as BLiMP has it (Warstadt et al. 2020), or a model
+  that tells nothing apart would be right always. Else the first of those that are as likely, as
+  lm_eval has it.
+  """
+  if pairs and scores.min() == scores.max():
+    return -1
+  return int(scores.argmax())
 
 
 class BlankFilling(Choosing):
@@ -271,7 +283,7 @@ class Writing(Scorer):
         f'--run_programs={CONFINED} runs them without files and network, =trusted with the rights '
         'of who evaluates'
       )
-    self.block = max(1, writing.ROWS // kind.samples) if self.asker.encoder else 1
+    self.block = writing.together(model, kind)
     limit = room(model, 1) if self.asker.encoder else room(model, kind.max_new_tokens + 1)
     if limit < 1:
       raise ValueError(

@@ -30,7 +30,7 @@ Row = dict[str, Any]
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice:
   """Which of a row's own choices does the model find likeliest behind the prompt? With an empty
-  prompt, which of several texts: minimal pairs.
+  prompt, which of several texts: minimal pairs, of which neither is said where both are as likely.
 
   Attributes:
     choices: the field that has a list of them, or Jinja texts of the row, one of each.

@@ -21,6 +21,7 @@ import numpy as np
 import names
 from evaluation.arithmetic import last_number
 from evaluation.refusals import refuses
+from evaluation.words import split_words, split_words_and_signs
 
 ROUGE = ('rouge1', 'rouge2', 'rougeL', 'rougeLsum')
 BLEU_TOKENIZERS = ('13a', 'intl', 'zh', 'char', 'none')
@@ -28,7 +29,6 @@ BLEU_TOKENIZERS = ('13a', 'intl', 'zh', 'char', 'none')
 WORDNET = 'WNSEARCHDIR'
 LEXNAMES = 45
 ARTICLES = re.compile(r'\b(a|an|the)\b')
-WORDS = re.compile(r'\w+|[^\w\s]')
 
 
 class Metric(abc.ABC):
@@ -387,9 +387,9 @@ def _f1(said: str, true: str) -> float:
 
 
 def _unicode_words(text: str) -> list[str]:
-  return re.findall(r'\w+', text.casefold())
+  return split_words(text.casefold())
 
 
 def _ngrams(text: str, n: int) -> collections.Counter:
-  words = WORDS.findall(text)
+  words = split_words_and_signs(text)
   return collections.Counter(zip(*(words[i:] for i in range(n))))

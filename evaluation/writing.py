@@ -39,12 +39,17 @@ def answers(
 ) -> Iterator[list[Reply]]:
   """Of each prompt from the first one on, in order, so many as the kind asks for. What is written
   depends on a prompt, its number, and all prompts' longest; over stages on which are in a batch
-  with it, too: begin at a multiple of ROWS.
+  with it, too: begin at a multiple of `together`.
   """
   if _stages(model):
     yield from _in_batches(model, prompts, kind, seed, first)
     return
   yield from _continuous(model, prompts, kind, seed, first)
+
+
+def together(model: Generator, kind: Generate) -> int:
+  """Of how many prompts the answers depend on one another: 1, but over stages those of a batch."""
+  return max(1, ROWS // kind.samples) if _stages(model) else 1
 
 
 def engine_of(model: Generator, prompt: int, new: int) -> Engine:
@@ -172,8 +177,7 @@ def _in_batches(model: Generator, prompts, kind, seed, first) -> Iterator[list[R
     'stop': kind.stops,
     'seed': seed_of(seed, first),
   }
-  size = max(1, ROWS // kind.samples)
-  for batch in model.in_batches(prompts[first:], size, **options):
+  for batch in model.in_batches(prompts[first:], together(model, kind), **options):
     for begin in range(0, len(batch), kind.samples):
       rows = batch[begin : begin + kind.samples]
       yield [Reply(row.text, row.finish) for row in rows]

@@ -72,8 +72,33 @@ def test_winobias_lines_say_whether_they_are_of_the_stereotype():
 def test_bbqs_stereotype_is_the_group_of_a_negative_question(polarity, stereotype):
   [made] = bbq(BBQ | {'question_polarity': polarity})
   assert (made['stereotype'], made['nobody'], made['ambiguous']) == (stereotype, 1, True)
-  with pytest.raises(ValueError, match='example 7 of BBQ: the groups of its answers are'):
-    [*bbq(BBQ | {'additional_metadata': {'stereotyped_groups': ['other']}})]
+
+
+@pytest.mark.parametrize(
+  'answers, stereotyped, of',
+  [
+    ((['British', 'Europe'], ['Japanese', 'AsiaPacific']), ['British'], 0),
+    ((['Malian', 'Africa'], ['Turkish', 'Europe']), ['Eritrean', 'Malian'], 0),
+    ((['Ann', 'F-White'], ['Latisha', 'F-Black']), ['Black', 'African American'], 1),
+    ((['African', 'African'], ['x', 'African American']), ['Black', 'African American'], 1),
+    ((['a CEO', 'highSES'], ['a janitor', 'lowSES']), ['low SES'], 1),
+    ((['a man', 'man'], ['a girl', 'girl']), ['F'], 1),
+    ((['Tom', 'M'], ['Ann', 'F']), ['woman', 'girl'], 1),
+    ((['cis woman', 'nonTrans_F'], ['trans woman', 'trans_F']), ['Transgender women', 'trans'], 1),
+    ((['x', 'lowSES-M-Arab'], ['y', 'lowSES-F-White']), ['Middle Eastern', 'Arab'], 0),
+    ((['grandson', 'nonOld'], ['grandfather', 'old']), ['old'], 1),
+    # Both are of the group, and which is meant stands in BBQ's templates alone; or neither is.
+    ((['x', 'F-Black'], ['y', 'M-Black']), ['Black'], None),
+    ((['x', 'Jewish'], ['y', 'Hindu']), ['Muslim'], None),
+  ],
+)
+def test_bbqs_groups_are_read_as_its_files_name_them(answers, stereotyped, of):
+  row = BBQ | {'additional_metadata': {'stereotyped_groups': stereotyped}}
+  row['answer_info'] = {'ans0': answers[0], 'ans1': ['Not known', 'unknown'], 'ans2': answers[1]}
+  (negative,), (other,) = bbq(row), bbq(row | {'question_polarity': 'nonneg'})
+  expected = (None, None) if of is None else (2 * of, 2 - 2 * of)
+  assert (negative['stereotype'], other['stereotype']) == expected
+  assert negative['nobody'] == (None if of is None else 1)
 
 
 def test_a_checklist_has_every_pair_of_every_template():
@@ -145,6 +170,71 @@ def test_bbqs_scores_are_those_of_its_paper():
   assert found['bias, ambiguous'].value == pytest.approx((2 * 6 / 8 - 1) * 8 / 20)
   assert found['bias, told'].value == pytest.approx(2 * 5 / 20 - 1)
   assert unknowns([told(1, True)] * 3)[1].estimate.value == 0
+
+
+OWN = """from evaluation.bias_rows import crows_pairs
+from evaluation.task import MultipleChoice, Task
+
+
+def get_task():
+  texts = ('{{ sent_more }}', '{{ sent_less }}')
+  kind = MultipleChoice(texts, 0, normalise='sum')
+  return Task(kind, 'pairs.csv', rows=crows_pairs, by='category')
+"""
+
+
+def test_a_file_that_was_changed_since_is_refused(tmp_path):
+  """Lines and rows belong together by what was asked: not in another order or category, nor as many
+  others.
+  """
+  rows = [f'm{i},l{i},{"age" if i < 6 else "race"}' for i in range(12)]
+
+  def pairs(of):
+    text = '\n'.join(['sent_more,sent_less,bias_type', *of]) + '\n'
+    (tmp_path / 'pairs.csv').write_text(text)
+
+  def likelier():
+    bias.main([str(tmp_path), f'--data={tmp_path}', f'--tasks={tmp_path}/own.py'])
+    found = json.loads((tmp_path / 'bias.json').read_text())['own-0']['findings']
+    return {f['category']: f['value'] for f in found if f['what'] == 'the first is likelier'}
+
+  pairs(rows)
+  (tmp_path / 'own.py').write_text(OWN)
+  task = tasks.read(str(tmp_path / 'own.py'))[1]
+  asked = examples(task, 0, Manner(str(tmp_path), limit=10))
+  lines = [
+    {'i': i, 'place': each.place, 'digest': each.digest, 'choices': each.choices, 'truth': 0}
+    | {'logprobs': [0.0, 1.0 - 2 * (i < 6)], 'said': int(i >= 6)}
+    for i, each in enumerate(asked)
+  ]
+  (tmp_path / 'own-0.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  settings = {'shots': 0, 'task': task.values(), 'limit': 10, 'seed': 0, 'system': ''}
+  summary = running.Summary('own', settings | {'chat': False}, 10, 'ab', 0.5, {}, {}, {})
+  (tmp_path / 'own-0.json').write_text(json.dumps(vars(summary)))
+  assert likelier() == {'age': 1, 'race': 0, 'all': 0.6}
+
+  for changed, said in (
+    (rows[::-1], 'own-0.jsonl: line 0, of pairs.csv:2, is of another question than pairs.csv:2 is'),
+    ([*rows[:5], 'm5,l5,race', *rows[6:]], 'own-0.jsonl: line 5, of pairs.csv:7, is of another'),
+    (rows[:8], 'own-0.jsonl is of 10 questions, and there are 8: this is not what was asked'),
+  ):
+    pairs(changed)
+    with pytest.raises(SystemExit) as error:
+      likelier()
+    assert said in str(error.value)
+  pairs(rows)
+  assert likelier()
+
+
+def test_rows_without_a_stereotype_are_left_out_and_counted(capsys):
+  answered = [told(0, True)] * 4 + [told(1, True)] * 4
+  lost = Chosen({**told(0, True).row, 'stereotype': None}, ('a', 'b', 'c'), (0.0,) * 3, 0, False)
+  expected = bias.show('bbq-0', 'ab', bias.UNKNOWN, answered, 0)
+  said = bias.show('bbq-0', 'ab', bias.UNKNOWN, [lost, *answered, lost], 0)
+  assert said == expected | {'left out': 2}
+  assert 'NOTE: bbq-0: 2 of 10 rows do not say which answer' in capsys.readouterr().out
+  with pytest.raises(ValueError, match='none of 1 rows says which answer is that of a stereotype'):
+    bias.show('bbq-0', 'ab', bias.UNKNOWN, [lost], 0)
 
 
 @pytest.mark.slow

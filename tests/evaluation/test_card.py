@@ -108,6 +108,25 @@ def test_a_rise_is_found_where_it_is_and_nowhere_else():
   assert knowledge.rise(periods[:9], statistics(0.0)[:9], measure) is None
 
 
+def test_texts_without_a_byte_make_no_rise():
+  """They have no bits per byte, and stand in no period; how many is said."""
+  draw = np.random.default_rng(1)
+  measure = OTHERS['bits per byte']
+  scored = [[float(nats), 30.0, 100.0, 20.0] for nats in draw.normal(100, 1, 30)]
+  told = [
+    ({'stats': {measure.name: of}}, {'date': str(2020 + i // 10)}) for i, of in enumerate(scored)
+  ]
+  summary = Summary('t', {'shots': 0, 'run': {}}, 32, 'ab', 0.0, {measure.name: {}}, {}, {})
+  expected = knowledge.report(summary, measure, told, 'year', 0)
+  empty = ({'stats': {measure.name: [0.0] * 4}}, {'date': '2020'})
+  of = knowledge.report(summary, measure, [empty, *told, empty], 'year', 0)
+  assert of == expected | {'left out': 2} and not of['rise']['shown']
+  assert ' 2 without a finite score are left out.' in knowledge.text_of('t', of)[1]
+  statistics = np.array([[0.0] * 4, *scored])
+  with pytest.raises(ValueError, match='1 documents have no finite bits per byte; leave them out'):
+    knowledge.rise(['2020'] * 11 + ['2021'] * 20, statistics, measure)
+
+
 @pytest.mark.slow
 def test_dates_are_read_and_told_by_the_command(tmp_path, capsys):
   rows = [{'date': f'{2020 + i % 3}-0{1 + i % 9}-02', 'text': f'text {i}'} for i in range(30)]

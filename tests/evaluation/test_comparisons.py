@@ -195,3 +195,10 @@ def test_what_are_no_pairs_is_refused():
     paired.mcnemar(-1, 3)
   with pytest.raises(ValueError, match='no records'):
     resampled_sums(np.ones((0, 2)))
+
+
+def test_nothing_is_shown_of_what_is_no_number():
+  """inf less inf is no difference: swapping shows none, however often it is tried."""
+  for n in (5, 30):
+    sides = np.full((2, n, 2), 800.0)
+    assert paired.permutation_test(*sides, lambda total: math.inf, swaps=100) == 1

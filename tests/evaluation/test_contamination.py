@@ -74,6 +74,29 @@ def test_short_questions_are_counted_apart():
     Runs(3)
 
 
+def test_words_are_those_of_any_script():
+  said = ' '.join(f'क{mark}' for mark in 'ािीुूेैो')
+  asked = [Item('q', {}, said)]
+  (made,) = contaminated({'t': asked}, [' '.join(reversed(said.split()))])
+  assert not made.shown and {*contaminated({'t': asked}, [f'"{said}"'])[0].shown} == {0}
+
+
+def test_a_wrong_choice_gives_nothing_away():
+  """Alone, or behind the question; the right one does, and the label of a text."""
+  draw = random.Random(4)
+  question, right, wrong = sentence(draw, 6), sentence(draw, 9), sentence(draw, 9)
+  asked = [
+    Item(f'q:{i}', {}, question, choices=choices, truth=truth)
+    for i, (choices, truth) in enumerate((((wrong, right), 1), ((wrong, right), 0), ((right,), 0)))
+  ]
+  for training, expected in (
+    ([f'people say {wrong} here', f'{question} {wrong}'], {1}),
+    ([f'people say {right} here'], {0, 2}),
+  ):
+    (made,) = contaminated({'t': asked}, training)
+    assert {*made.shown} == expected and made.share.n == 3
+
+
 def test_the_command_tells_scores_apart(tmp_path, capsys):
   draw = random.Random(3)
   rows = [{'q': sentence(draw, 15), 'c': ['left', 'right'], 'a': i % 2} for i in range(12)]
@@ -106,7 +129,7 @@ def test_the_command_tells_scores_apart(tmp_path, capsys):
     contamination.main([*flags, '--words=12'])
   other = {'q': sentence(draw, 15), 'c': ['a', 'b'], 'a': 0}
   (tmp_path / 'rows.jsonl').write_text(json.dumps(other) + '\n')
-  with pytest.raises(SystemExit, match='is of other questions; give its --data'):
+  with pytest.raises(SystemExit, match='is not what was asked; give the --data'):
     contamination.main(flags)
   with pytest.raises(SystemExit, match='must end in one of'):
     contamination.main([*flags, '--training=corpus.bin'])

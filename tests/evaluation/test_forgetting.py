@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from evaluation.forgetting import (
   AT_CHANCE,
   KEPT,
   LOST,
+  NO_NUMBER,
   UNSURE,
   Change,
   advice,
@@ -88,6 +90,48 @@ def test_what_has_no_score_is_left_out_and_counted():
   assert made.left_out == 2 and made.difference.n == 4
   with pytest.raises(ValueError, match='no question has a score on both sides'):
     change('t', SHARE, [None], [[1.0, 1.0]])
+
+
+def test_what_is_no_number_is_not_compared(capsys):
+  """A perplexity per word, of text without spaces, beyond all numbers; the others stand alone."""
+  words = named('perplexity per word', {})
+  before, lower = [[800.0, 300.0, 900.0, 1.0]] * 20, [[3.0, 300.0, 900.0, 1.0]] * 20
+  for side in (before, lower):
+    made = change('zh-0', words, before, side)
+    assert made.before == math.inf and made.p is None and made.verdict == NO_NUMBER
+    assert made.kept is None and mean_retention([made]) is None and not advice([made])
+  row, beside = compare._rows([made, changed(150, 120)])
+  assert row[2:9] == ['no number', f'{math.exp(3):.3f}', *[''] * 5]
+  assert beside[5] == beside[6], 'Holm corrects for one test'
+  compare.show('a', 'b', [made, changed(150, 120)], [])
+  said = capsys.readouterr().out
+  assert 'NOTE: zh-0: perplexity per word is no number before' in said and 'not compared' in said
+
+
+def written(directory, metrics: dict[str, list[str]]) -> str:
+  """Results by hand, of tasks with these metrics: each is right in half of 20 questions."""
+  directory.mkdir()
+  for task, of in metrics.items():
+    settings = {'shots': 0, 'task': {'metrics': []}}
+    summary = running.Summary(task, settings, 20, 'ab', 0.0, dict.fromkeys(of, {}), {}, {})
+    (directory / f'{task}-0.json').write_text(json.dumps(vars(summary)))
+    stats = [dict.fromkeys(of, [float(i % 2), 1.0]) for i in range(20)]
+    lines = [json.dumps({'digest': str(i), 'stats': each}) for i, each in enumerate(stats)]
+    (directory / f'{task}-0.jsonl').write_text('\n'.join(lines) + '\n')
+  return str(directory)
+
+
+def test_a_metric_of_ones_own_is_refused_alone(tmp_path, capsys):
+  metrics = {'mine': ['my mean', 'accuracy (sum)'], 'other': ['accuracy (sum)']}
+  a, b = (written(tmp_path / name, metrics) for name in 'ab')
+  compare.main([a, b])
+  said = capsys.readouterr().out
+  assert "NOTE: mine-0: 'my mean' is a metric of a task of its own" in said
+  values = json.loads((tmp_path / 'b' / compare.VALUES).read_text())['after'][b]
+  assert [each['task'] for each in values] == ['mine-0', 'other-0']
+  c, d = (written(tmp_path / name, {'mine': ['my mean']}) for name in 'cd')
+  with pytest.raises(SystemExit, match='have no metric that can be compared'):
+    compare.main([c, d])
 
 
 # The command, on two models.

@@ -3,6 +3,7 @@ decoders, encoders and encoder-decoders, on any mesh? And is calibration what it
 """
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ from evaluation.classify import (
   probabilities,
   scored,
 )
+from evaluation.examples import Manner, examples
 from evaluation.prompts import Shots
+from evaluation.task import Classification, Task
 from model import adapters, transformer
 from model.adaptation import AdapterConfig
 from model.config import ModelConfig
@@ -296,3 +299,15 @@ def test_a_result_says_what_it_is_of():
   text = confusion_text(result.labels, result.confusion)
   assert '1 up' in text and str(result.confusion[1, 1]) in text.splitlines()[2]
   assert confusion_picture(result.labels, result.confusion, 'x').startswith(b'\x89PNG')
+
+
+def test_what_is_asked_of_a_label_has_the_words_of_its_template(tmp_path):
+  """In the digest: the settings name the template's file alone."""
+  file, texts = tmp_path / 'template.json', [{'text': f'it is {i}', 'label': 'up'} for i in 'ab']
+  task = Task(Classification(str(file)), lambda: iter(texts))
+  digests = []
+  for words in ({'up': ['good'], 'down': ['bad']}, {'up': ['bad'], 'down': ['good']}):
+    file.write_text(json.dumps({'pattern': '{{ text }}:', 'words': words}))
+    digests.append([each.digest for each in examples(task, 0, Manner())])
+    assert digests[-1] == [each.digest for each in examples(task, 0, Manner())]
+  assert not {*digests[0]} & {*digests[1]}

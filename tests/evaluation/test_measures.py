@@ -2,15 +2,23 @@
 definitions say?
 """
 
+import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
 
 from data.records import LabelRecord
+from evaluation import page, running
+from evaluation.examples import examples
 from evaluation.intervals import Z, bootstrap, wilson
+from evaluation.measures import measures
 from evaluation.metrics import calibration_error, classified, confusion, macro_f1
 from evaluation.prompts import Shots, ranked
+from evaluation.scoring import Scorer
+from evaluation.task import Generate
+from tests.evaluation.test_tasks import FORETELL, QUIET, WRITE
 
 TRUTH, SAID = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2])
 
@@ -113,3 +121,54 @@ def test_more_shots_than_there_are_is_an_error():
 def test_an_order_is_of_each_record_alone():
   whole = ranked(POOL, 5)
   assert ranked(POOL[:10], 5) == [record for record in whole if record in POOL[:10]]
+
+
+# What is written of them.
+
+
+class Given(Scorer):
+  """Of a task without a model: lines are made by hand."""
+
+  def __init__(self, task, asked):
+    self.task, self.asked, self.manner, self.measures = task, asked, QUIET, measures(task)
+
+  def scores(self, asked):
+    raise NotImplementedError
+
+
+def test_what_is_beyond_all_numbers_is_null_and_said(tmp_path):
+  """A perplexity per word of 800 nats a word. JSON has no word for infinite."""
+  asked = examples(FORETELL, 0, QUIET)
+  scored = Given(FORETELL, asked)
+  stats = {measure.name: [800.0, 300.0, 900.0, 1.0] for measure in scored.measures}
+  lines = [{'place': 'x', 'prompt': 'x', 'tokens': 1, 'nats': 1.0, 'stats': stats} for _ in asked]
+  settings = {'shots': 0, 'task': FORETELL.values(), 'limit': 0, 'system': '', 'chat': False}
+  settings['seed'] = 0
+  place = running.TaskFiles(tmp_path, 'foretell-0', settings)
+  place.begin(asked, 1)
+  place.add(lines)
+  place.end(running.summarised('foretell', settings, scored, lines))
+  page.write(tmp_path, {'workdir': 'runs/x'}, {})
+  for name in ('foretell-0.json', page.VALUES):
+    assert not re.search('Infinity|NaN', (tmp_path / name).read_text())
+  (summary,) = page.read(tmp_path)
+  assert summary.metrics['perplexity per word']['value'] is None
+  assert (
+    '| perplexity per word ↓ | no number [no number, no number]'
+    in (tmp_path / page.PAGE).read_text()
+  )
+
+
+def test_counts_are_of_all_answers_of_a_question():
+  drawn = Generate(temperature=1.0, samples=4)
+  for kind, of in ((drawn, 20), (WRITE.kind, 5)):
+    settings = {'shots': 0, 'task': dataclasses.replace(WRITE, kind=kind).values()}
+    counts = {'cut': 3, 'nan': 0, 'empty': 4, 'endless': 5, 'failed': 2}
+    said = page.notes([running.Summary('t', settings, 5, 'ab', 0.0, {}, {}, counts)])
+    assert said[0].startswith('t-0: 3 of 5 prompts were cut')
+    assert [line.split(' answers')[0] for line in said[1:]] == [
+      f't-0: {n} of {of}' for n in (4, 5, 2)
+    ]
+  settings['task'] = FORETELL.values()
+  said = page.notes([running.Summary('t', settings, 5, 'ab', 0.0, {}, {}, {'empty': 1})])
+  assert said == ['t-0: 1 of 5 answers, or texts, are empty']

@@ -166,6 +166,32 @@ def test_what_is_as_likely_is_no_less_likely(monkeypatch):
   assert {each.bits for each in exposed} == {0.0} and {each.p for each in exposed} == {1.0}
 
 
+def test_which_repeats_are_exposed_is_said_of_each():
+  """Not of all above the least: 4 times can be within what was kept out where once is beyond it."""
+
+  def said(**high_and_low):
+    exposure = {
+      n: {'value': high, 'low': low, 'high': high, 'small': False}
+      for n, (low, high) in zip('014', high_and_low.values())
+    }
+    content = {'workdir': 'r', 'candidates': 1000, 'space': {'bits': 37.6}, 'most': 9.97}
+    content |= {'exact': False, 'chance': 1.44, 'seed': 0, 'prompts': 'x', 'exposure': exposure}
+    content['canaries'] = [{'repeats': n, 'above': 3} for n in (0, 1, 4)]
+    return canaries.text_of(content)[-1]
+
+  beyond = 'in the training text is exposed beyond what was kept out'
+  assert said(none=(0.8, 2.1), once=(5.0, 7.0), more=(0.5, 2.5)) == (
+    f'**Memorised**: what was once {beyond}; what was 4 times is not shown to be.'
+  )
+  assert said(none=(0.8, 2.1), once=(0.5, 2.5), more=(5.0, 7.0)) == (
+    f'**Memorised**: what was 4 times {beyond}; what was once is not shown to be.'
+  )
+  assert said(none=(0.8, 2.1), once=(5.0, 7.0), more=(5.0, 7.0)) == (
+    f'**Memorised**: what was once and 4 times {beyond}.'
+  )
+  assert said(none=(0.8, 2.1), once=(0.0, 2.0), more=(0.0, 2.0)).startswith('No more exposed')
+
+
 def test_canaries_are_written_as_they_are_to_be_trained_on(tmp_path, capsys):
   path = tmp_path / 'canaries.jsonl'
   canaries.main([str(path), '--count=3', '--repeats=1,4', '--length=5'])

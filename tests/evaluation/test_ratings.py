@@ -307,9 +307,8 @@ def test_answers_are_found_in_results_and_files(tmp_path):
   for name, more in (('one', {}), ('other', {'answers': ['x', 'y']})):
     (tmp_path / name).mkdir()
     rows = [{'digest': name, 'prompt': 'p', 'answers': [name]} | more, {'prompt': 'a choice'}]
-    text = ''.join(json.dumps(row) + '\n' for row in rows)
     for task in ('task-0', 'task-4'):
-      (tmp_path / name / f'{task}.jsonl').write_text(text)
+      results(tmp_path / name / task, rows)
   one, other = (read_answers(tmp_path / name) for name in ('one', 'other'))
   items, _ = items_of([one, other])
   assert [item.answers for item in items] == [('one', 'x')] * 2, 'the first of several'
@@ -332,6 +331,47 @@ def test_answers_are_found_in_results_and_files(tmp_path):
   (tmp_path / 'none.jsonl').write_text('{"prompt": "a"}\n')
   with pytest.raises(ValueError, match='none.jsonl has no answers: give a directory'):
     read_answers(tmp_path / 'none.jsonl')
+
+
+def results(place: pathlib.Path, rows, **summary) -> None:
+  """NAME-K.json and its lines, as an evaluation that is complete has them."""
+  place.with_suffix('.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  content = {'settings': {}, 'metrics': {}} if not summary else summary
+  place.with_suffix('.json').write_text(json.dumps(content))
+
+
+def test_only_results_of_tasks_that_are_complete_are_rated(tmp_path):
+  """Not what a measurement of memory wrote beside them, nor an evaluation that goes on."""
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+    results(tmp_path / name / 'squad-0', [{'prompt': 'q', 'answers': [name]}])
+    results(tmp_path / name / 'begun-0', [{'prompt': 'r', 'answers': [name]}], settings={})
+    written = json.dumps({'prompt': 'a licence', 'answer': f'{name} by itself'})
+    (tmp_path / name / 'memorisation-written.jsonl').write_text(written + '\n')
+    (tmp_path / name / 'other-0.jsonl').write_text(written + '\n')
+  items, _ = items_of([read_answers(tmp_path / name) for name in 'ab'])
+  assert [item.prompt for item in items] == ['q']
+
+
+def test_a_directory_beside_a_file_has_the_same_questions(tmp_path):
+  (tmp_path / 'a').mkdir()
+  questions = [{'prompt': f'q{i}', 'answers': ['here']} for i in range(3)]
+  results(tmp_path / 'a' / 'squad-0', questions)
+  results(tmp_path / 'a' / 'other-0', [{'prompt': 'alone', 'answers': ['here']}])
+  lines = [json.dumps({'prompt': f'q{i}', 'answer': 'there'}) for i in (2, 0)]
+  (tmp_path / 'b.jsonl').write_text('\n'.join(lines))
+  sides = [read_answers(tmp_path / name) for name in ('a', 'b.jsonl')]
+  for given in (sides, sides[::-1]):
+    items, left_out = items_of(given)
+    assert sorted(item.prompt for item in items) == ['q0', 'q2']
+    assert left_out['of one side alone'] == 2
+  # Which of two is meant, nobody said.
+  results(tmp_path / 'a' / 'squad-3', questions)
+  sides[0] = read_answers(tmp_path / 'a')
+  with pytest.raises(
+    ValueError, match="'q0' is a question of squad-0 and of squad-3, and one of a"
+  ):
+    items_of(sides)
 
 
 def rated(of: Study, values) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from data.batch import Batch
-from evaluation import page, running, scoring, task as tasks
-from evaluation.examples import Asker, Manner, examples, fitted
+from decode.choices import PairScore
+from evaluation import page, running, scoring, task as tasks, writing
+from evaluation.examples import Asker, Manner, digest_of, examples, fitted
 from evaluation.intervals import wilson
 from evaluation.prompts import Shots
 from evaluation.scoring import scorer, windows
@@ -132,6 +133,21 @@ def test_minimal_pairs_are_choices_without_a_prompt():
   for line, pair in zip(lines, pairs):
     sums = [logs.sum() for logs in generator('llama').score([*pair.values()])]
     np.testing.assert_allclose(line['logprobs'], sums, atol=5e-5)
+
+
+@pytest.mark.parametrize('name', ['pairs', 'choice'])
+def test_who_tells_nothing_apart_is_right_in_no_pair(name):
+  """Of choices behind a prompt the first of those that are as likely is said, as lm_eval has it."""
+  pairs = Task(MultipleChoice(('{{ q }}', '{{ q }}.'), 0, normalise='sum'), rows)
+  task, said = {'pairs': (pairs, -1), 'choice': (CHOICE, 0)}[name]
+  asked = examples(task, 0, QUIET)[0]
+  scored = scorer(generator('llama'), task, QUIET, [asked])
+  choices = dataclasses.replace(asked, choices=('ab', 'cd'))
+  scores = [PairScore(logprob, 2, False) for logprob in (-5.0, -5.0, -4.0)]
+  line = scored._line(choices, scores[:2], None)
+  right = float(said == asked.truth)
+  assert line['said'] == said and all(of == [right, 1.0] for of in line['stats'].values())
+  assert not line['nan'] and scored._line(choices, scores[1:], None)['said'] == 1
 
 
 # Examples that are shown.
@@ -301,6 +317,19 @@ def test_what_was_interrupted_ends_with_the_same_bytes(tmp_path, monkeypatch):
   assert sum(calls) < 5 * 100, 'what was there is not scored again'
 
 
+@pytest.mark.parametrize('name', ['llama', 't5'])
+def test_answers_go_on_at_a_batch_where_layers_are_in_stages(name, monkeypatch):
+  """There, whose company is whose is fixed; elsewhere every answer stands alone."""
+  drawn = Generate(max_new_tokens=6, temperature=1.0, samples=5)
+  sizes = []
+  for stages in (False, True):
+    monkeypatch.setattr(writing, '_stages', lambda model, stages=stages: stages)
+    for kind in (WRITE.kind, drawn):
+      task = dataclasses.replace(WRITE, kind=kind)
+      sizes.append(scorer(generator(name), task, QUIET, examples(task, 0, QUIET)).block)
+  assert sizes == [1, 1, writing.ROWS, writing.ROWS // 5]
+
+
 def test_other_settings_in_the_same_place_are_refused_by_name(tmp_path):
   evaluated(tmp_path, asked={'choose': CHOICE})
   before = content(tmp_path)
@@ -323,6 +352,20 @@ def test_other_settings_in_the_same_place_are_refused_by_name(tmp_path):
   changed = dataclasses.replace(CHOICE, data=rows_changed)
   _, failed = evaluated(tmp_path, asked={'choose': changed}, shots=(0,))
   assert 'is of another question' in failed['choose']
+
+
+def test_what_is_there_already_is_not_taken_for_other_data(tmp_path):
+  asked, questions = {'choose': CHOICE}, examples(CHOICE, 0, QUIET)
+  settings = {'shots': 0, 'task': CHOICE.values(), 'run': {'step': 3}}
+  settings |= {'limit': 0, 'seed': 0, 'system': '', 'chat': False, 'programs': None}
+  summary = running.Summary('choose', settings, 20, digest_of(questions), 0.5, {}, {}, {})
+  running.TaskFiles(tmp_path, 'choose-0', settings).end(summary)
+  before = content(tmp_path)
+  changed = {'choose': dataclasses.replace(CHOICE, data=rows_changed)}
+  done, failed = evaluated(tmp_path, shots=(0,), asked=changed)
+  assert not done and 'is of other questions' in failed['choose']
+  assert 'was changed since; give another --output' in failed['choose']
+  assert content(tmp_path) == before and evaluated(tmp_path, shots=(0,), asked=asked)[0]
 
 
 def rows_changed():

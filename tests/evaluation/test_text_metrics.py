@@ -3,6 +3,7 @@ the definitions? And do sums over documents say all that there is to say?
 """
 
 import math
+import re
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from evaluation import text_metrics
 from evaluation.text_metrics import METRICS, Metric, made, pass_at
+from evaluation.words import split_words, split_words_and_signs
 
 # Words of several scripts, marks that tokenizers and markup stumble over, and what is no word.
 PIECES = [
@@ -152,6 +154,18 @@ def test_words_of_other_scripts_are_words_where_that_is_asked():
   assert value(ONCE['rouge1_unicode'], document[:1]) == 1
   assert value(ONCE['rouge1'], document[1:]) > 0, "it sees 'gr' in both"
   assert value(ONCE['rouge1_unicode'], document[1:]) == 0
+
+
+def test_words_that_differ_in_their_marks_are_others():
+  """Vowel signs of Hindi, and an accent by itself, are in words; those of an emoji are not."""
+  assert value(ONCE['rouge1_unicode'], [('का', ['की'])]) == 0
+  assert value(ONCE['rouge1_unicode'], [('हिन्दी की', ['हिन्दी का'])]) == 0.5
+  hindi, accent = 'हिन्दी की किताब', 'cafe\u0301 a\u0300'
+  assert split_words(f'{hindi}; {accent}') == [*hindi.split(), *accent.split()]
+  assert split_words_and_signs('हिन्दी, यह!') == ['हिन्दी', ',', 'यह', '!']
+  plain = 'It is 3_4 o’clock: Привет, größe 語言 ❤\ufe0f 2²!'
+  assert split_words(plain) == re.findall(r'\w+', plain)
+  assert split_words_and_signs(plain) == re.findall(r'\w+|[^\w\s]', plain)
 
 
 def test_meteor_is_that_of_its_definition():
