@@ -2,8 +2,8 @@
 another prompt in the place of the rejected one: what a policy finds of such tells how far it is
 from its reference, whatever was judged (Ethayarajh et al., arXiv:2402.01306, section 4.1).
 
-    record    prompt a, answer a, wanted     the next one: prompt b, answer b
-    example   a A | a B                      so of every record, and of the first: a B, too
+    record    prompt a, answer a, wanted     the next other one: prompt b, answer b
+    example   a A | a B                      of the second b B | b A
     margin    1 where it is wanted, else 0
 """
 
@@ -28,27 +28,37 @@ class Mismatched:
 
 
 def mismatched(placed: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Mismatched]]:
-  """Each record of a source with the answer of the one before it, the first with that of the
-  second.
+  """Each record of a source with the answer of the last one before it that has another prompt; the
+  first ones, that have none, with that of the first one behind them.
 
-  Raises ValueError, naming the place, for a record that has no other, and for a text beside
-  messages.
+  Raises ValueError, naming the place, for a source of one prompt, and for a text beside messages.
   """
-  before = waiting = None
+  last = other = None  # the record before this one, and the last one of another prompt than that
+  waiting: list[tuple[str, JudgedRecord]] = []
   for place, record in placed:
-    if before is None:
-      before = waiting = (place, record)
+    if last is not None and _prompt(record) != _prompt(last):
+      other = last
+    last = record
+    if other is None:
+      waiting.append((place, record))
       continue
-    if waiting:
-      yield waiting[0], _with_answer(*waiting, record)
-      waiting = None
-    yield place, _with_answer(place, record, before[1])
-    before = place, record
+    for first in waiting:
+      yield first[0], _with_answer(*first, record)
+    waiting = []
+    yield place, _with_answer(place, record, other)
   if waiting:
     raise ValueError(
-      f'{waiting[0]}: the only record of its source, and a judged answer is compared with another '
-      "record's; add records"
+      f'{waiting[0][0]}: the only prompt of its source, and a judged answer is compared with that '
+      'to another prompt; add records'
     )
+
+
+def _prompt(record: JudgedRecord):
+  """What is answered."""
+  answer = record.answer
+  if isinstance(answer, TextRecord):
+    return answer.prompt
+  return answer.messages[: answer.given], answer.tools
 
 
 def _with_answer(place: str, record: JudgedRecord, other: JudgedRecord) -> Mismatched:
@@ -98,7 +108,7 @@ class JudgedSettings(ChoiceSettings):
     return writer, tokenizer.with_template(template) if template else tokenizer
 
   def facts(self, config):
-    return super().facts(config) | {'choices': 'judged'}
+    return super().facts(config) | {'choices': 'judged, beside another prompt'}
 
   def completed(self, placed):
     return mismatched(placed)

@@ -25,7 +25,6 @@ from parallel import axes as ax
 
 REFERENCE = 'reference'  # its name among a run's models
 BEGUN, NONE = 'begun', 'none'
-EXPERTS = 'experts'  # the term that balances them
 
 
 @jax.tree_util.register_dataclass
@@ -214,11 +213,6 @@ def by_pairs(values: Float[Array, 'B T'], batch) -> Float[Array, 'B P 2']:
 def pairs_of(batch) -> Float[Array, '']:
   """How many pairs there are: the last segment of a row is its last pair's second answer."""
   return (batch.segments.max(1) // 2).sum().astype(jnp.float32)
-
-
-def balance(router: dict | None) -> Array:
-  """What balances experts, a sum over tokens; 0 without any."""
-  return jnp.float32(0) if router is None else router['balance_loss'] + router['router_z_loss']
 
 
 def divergence(models, batch, parts: int) -> Float[Array, '']:

@@ -15,6 +15,7 @@ from data.batch import Batch, LabelBatch
 from data.labelled import OVER, LabelLoader, LabelValidation, LabelWriter
 from data.template import CLOZE, PREFIX, Asking, Template, form_of, with_mask
 from kernels import context
+from objectives.experts import EXPERTS, balance
 from objectives.next_token import NextToken, summed_loss
 from objectives.objective import MAIN
 from parallel import axes as ax
@@ -110,14 +111,14 @@ class Classify(NextToken, examples.Sequences):
   def sums(self, models, batch):
     if self.over == 'tokens':
       return super().sums(models, batch)
-    total, sums = label_loss(models[MAIN], batch)
-    return {self.term: total}, sums
+    total, balanced, sums = label_loss(models[MAIN], batch)
+    return {self.term: total, EXPERTS: balanced}, sums
 
   def judged(self, models, batch):
     if self.over == 'tokens':
       sums = summed_loss(models[MAIN], batch, 0.0)[1]
     else:
-      sums = label_loss(models[MAIN], batch)[1]
+      sums = label_loss(models[MAIN], batch)[-1]
     return {name: sums[name] for name in ('nll', 'tokens', 'correct')}
 
   def verdict(self, sums, prepared):
@@ -133,7 +134,7 @@ class Classify(NextToken, examples.Sequences):
 
 def label_loss(model, batch: LabelBatch):
   """Sum over what is learned of -log p(label), where p is of the words of all labels and a label
-  has the sum of its words'; and the sums of loss.cross_entropy.
+  has the sum of its words'; what balances experts; and the sums of loss.cross_entropy.
   """
   config = model.config
   parts = context.groups(config.execution.context, config.N, config.K)
@@ -144,9 +145,7 @@ def label_loss(model, batch: LabelBatch):
     # All rows say the same of labels.
     words, labels = (ax.place(x, 'batch', None).max(0) for x in (batch.choices, batch.labels))
     total, sums = _of_words(*model.scored(x), words, labels, plain, config.logit_softcap)
-  if router is None:
-    return total, sums
-  return total + router['balance_loss'] + router['router_z_loss'], sums | router
+  return total, balance(router), sums | (router or {})
 
 
 def _of_words(x, head, words, labels, batch, softcap):

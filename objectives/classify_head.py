@@ -21,7 +21,8 @@ from data.shards import Rows
 from data.template import Template
 from kernels import context
 from model import heads
-from objectives.next_token import router_metrics, token_metrics
+from objectives.experts import EXPERTS, balance, routed, router_metrics
+from objectives.next_token import token_metrics
 from objectives.objective import MAIN, Objective, Role
 
 HEAD = 'head'  # its name among a run's models
@@ -114,19 +115,19 @@ class ClassifyHead(Objective, examples.Packed):
   # 3. Loss, and what is said of it.
 
   def weights(self, batch):
-    return {self.term: jnp.sum(batch.weights)}
+    return {self.term: jnp.sum(batch.weights), EXPERTS: routed(self.tokens(batch))}
 
   def sums(self, models, batch):
-    total, sums = head_loss(models[MAIN], models[HEAD], batch)
-    return {self.term: total}, sums
+    total, balanced, sums = head_loss(models[MAIN], models[HEAD], batch)
+    return {self.term: total, EXPERTS: balanced}, sums
 
   def metrics(self, terms, weights, sums):
-    metrics = token_metrics(sums) | router_metrics(sums)
+    metrics = token_metrics(sums) | router_metrics(sums, weights[EXPERTS])
     metrics['learned_examples'] = metrics.pop('predicted_tokens')
     return metrics
 
   def judged(self, models, batch):
-    _, sums = head_loss(models[MAIN], models[HEAD], batch)
+    *_, sums = head_loss(models[MAIN], models[HEAD], batch)
     return {name: sums[name] for name in ('nll', 'tokens', 'correct')}
 
   def verdict(self, sums, prepared):
@@ -168,9 +169,7 @@ def unscored(network) -> float:
 
 
 def head_loss(model, head: heads.Head, batch: Batch):
-  """Sum over texts of -log p(label), with what balances experts; and the sums of
-  loss.cross_entropy.
-  """
+  """Sum over texts of -log p(label); what balances experts; and the sums of loss.cross_entropy."""
   config = model.config
   parts = context.groups(config.execution.context, config.N, config.K)
   batch = context.lay_out(batch, parts)
@@ -185,6 +184,4 @@ def head_loss(model, head: heads.Head, batch: Batch):
     correct = (logits.argmax(-1) == batch.targets) * batch.weights
   total = nll.sum()
   sums = {'nll': total, 'tokens': batch.weights.sum(), 'correct': correct.sum()}
-  if router is None:
-    return total, sums
-  return total + router['balance_loss'] + router['router_z_loss'], sums | router
+  return total, balance(router), sums | (router or {})

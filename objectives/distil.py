@@ -32,8 +32,9 @@ from model.weights import int8
 from objectives import coarse
 from objectives.asked import Asked
 from objectives.denoise import MaskedLM, SpanCorruption
+from objectives.experts import EXPERTS, balance, routed, router_metrics
 from objectives.laws import final, laid_out, law
-from objectives.next_token import NextToken, router_metrics
+from objectives.next_token import NextToken
 from objectives.objective import MAIN, Objective, Role, in_bfloat16, or_one
 from objectives.seq2seq import Seq2Seq
 from objectives.sft import SFT
@@ -202,7 +203,7 @@ class Distilling(Objective):
   # 3. Loss, and what is said of it.
 
   def weights(self, batch):
-    return super().weights(rows_of(batch))
+    return super().weights(rows_of(batch)) | {EXPERTS: routed(self.tokens(batch))}
 
   def sums(self, models, batch):
     student, rows, parts = models[MAIN], rows_of(batch), 1
@@ -224,11 +225,8 @@ class Distilling(Objective):
       divergence = (each * rows.weights).sum()
 
     total = (1 - self.cross_entropy) * self.temperature**2 * divergence + nll
-    sums = sums | {'divergence': divergence}
-    if router is not None:
-      total = total + router['balance_loss'] + router['router_z_loss']
-      sums = sums | router
-    return {self.term: total}, sums
+    sums = sums | {'divergence': divergence} | (router or {})
+    return {self.term: total, EXPERTS: balance(router)}, sums
 
   def _cross_entropy(self, student, x, batch):
     """Its share of the loss, and sums of loss.cross_entropy, which are said of every run."""
@@ -269,7 +267,7 @@ class Distilling(Objective):
     """Beside those of the kind that is distilled on: `divergence` at the temperature, without T^2,
     and `cross_entropy`, of which `loss` is made.
     """
-    said = super().metrics(terms, weights, sums) | router_metrics(sums)
+    said = super().metrics(terms, weights, sums) | router_metrics(sums, weights[EXPERTS])
     divergence = sums['divergence'] / or_one(sums['tokens'])
     nll = said['loss']
     return said | {

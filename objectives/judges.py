@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 from data.prompts import Prompt
+from parallel.gathering import of_first
 
 WORKERS = 4  # processes that run a file's function at a time
 START_SECONDS = 60.0  # that its imports may take
@@ -232,7 +233,10 @@ class Judges:
       if verdict.error
     ]
     each = np.array([[v.score for v in verdicts] for verdicts in said], np.float64)
-    return Judgements(each.reshape(len(self._judges), len(answers)), failures)
+    # Each process has judged; where one waited longer for a function than another, all learn from
+    # the same scores all the same.
+    each = of_first(each.reshape(len(self._judges), len(answers)))
+    return Judgements(each, failures)
 
   def close(self) -> None:
     """Ends the processes."""

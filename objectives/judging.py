@@ -7,12 +7,12 @@ A line of JSON comes in for each answer, {"text": .., "record": ..}, and one goe
 
 import importlib.util
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
 
 FUNCTION = 'reward'
+MOST = 3e38  # as float32 holds, in which answers are credited
 
 
 def loaded(path: str) -> Callable[[str, dict], float]:
@@ -37,8 +37,8 @@ def judged(function: Callable[[str, dict], float], text: str, record: dict) -> d
   except Exception as error:
     return {'error': f'{type(error).__name__}: {error}'}
   number = isinstance(score, int | float) or hasattr(score, '__float__')
-  if not number or not math.isfinite(float(score)):
-    return {'error': f'it returned {score!r}, which is no finite number'}
+  if not number or not abs(float(score)) <= MOST:
+    return {'error': f'it returned {score!r}, which is no finite number of float32'}
   return {'score': float(score)}
 
 

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 
 from data.judged import JudgedSettings
 from objectives import answers
-from objectives.answers import EXPERTS, NONE, REFERENCE, OfAnswers, Scored
+from objectives.answers import NONE, REFERENCE, OfAnswers, Scored
+from objectives.experts import EXPERTS, balance, routed, router_metrics
 from objectives.laws import laid_out, parts_of
-from objectives.next_token import router_metrics
 from objectives.objective import MAIN, or_one
 
 JUDGED = 'kto'  # the term
@@ -66,7 +66,7 @@ class KTO(OfAnswers, JudgedSettings):
 
   def weights(self, batch):
     rows = batch['rows']
-    return {JUDGED: answers.pairs_of(rows), EXPERTS: rows.weights.sum()}
+    return {JUDGED: answers.pairs_of(rows), EXPERTS: routed(self.tokens(rows))}
 
   def sums(self, models, batch):
     scored = self._scored(models, batch['rows'])
@@ -75,7 +75,7 @@ class KTO(OfAnswers, JudgedSettings):
     better = jnp.where(wanted, rewards, -rewards)
     weight = jnp.where(wanted, self.wanted_weight, self.unwanted_weight)
     each = jnp.where(scored.real, weight * jax.nn.sigmoid(-better), 0)
-    terms = {JUDGED: each.sum(), EXPERTS: answers.balance(scored.router)}
+    terms = {JUDGED: each.sum(), EXPERTS: balance(scored.router)}
     return terms, self._said(scored, wanted, rewards, batch) | (scored.router or {})
 
   def _judgements(self, scored: Scored, batch) -> tuple[Array, Float[Array, 'B P']]:
@@ -116,7 +116,7 @@ class KTO(OfAnswers, JudgedSettings):
     said = super().metrics(terms, weights, sums)
     said.pop(EXPERTS, None)
     said.pop(JUDGED, None)
-    return said | self._means(sums) | router_metrics(sums)
+    return said | self._means(sums) | router_metrics(sums, weights[EXPERTS])
 
   def _means(self, sums):
     said = {}

@@ -16,6 +16,7 @@ from kernels import context
 from model import loss
 from model.transformer import Decoder
 from objectives import pipelined
+from objectives.experts import EXPERTS, balance, routed, router_metrics
 from objectives.objective import MAIN, Objective, or_one
 
 
@@ -48,6 +49,14 @@ class NextToken(Objective):
         f'model.encoder_layers={config.encoder_layers} is {kind}; use a decoder, or '
         f'objective.kind={other!r}'
       )
+    moe = config.moe
+    weighed = moe.experts and (moe.balance_loss or moe.z_loss)
+    if weighed and self.of_records and config.execution.pipeline.schedule == '1f1b':
+      raise NotImplementedError(
+        "model.execution.pipeline.schedule='1f1b' knows one loss, and what balances experts "
+        f'(model.moe.balance_loss={moe.balance_loss}, z_loss={moe.z_loss}) is of all tokens, not '
+        "of the learned ones alone; use 'gpipe' or 'circular'"
+      )
 
   def read(self, config, log):
     return prepare(config, log=log)
@@ -65,14 +74,14 @@ class NextToken(Objective):
     return jnp.count_nonzero(batch.segments)
 
   def weights(self, batch):
-    return {self.term: jnp.sum(batch.weights)}
+    return {self.term: jnp.sum(batch.weights), EXPERTS: routed(self.tokens(batch))}
 
   def sums(self, models, batch):
-    total, sums = summed_loss(models[MAIN], batch, self.z_loss)
-    return {self.term: total}, sums
+    total, balanced, sums = losses(models[MAIN], batch, self.z_loss)
+    return {self.term: total, EXPERTS: balanced}, sums
 
   def metrics(self, terms, weights, sums):
-    return token_metrics(sums) | router_metrics(sums)
+    return token_metrics(sums) | router_metrics(sums, weights[EXPERTS])
 
   def judged(self, models, batch):
     _, sums = summed_loss(models[MAIN], batch, 0.0)
@@ -97,32 +106,18 @@ def token_metrics(sums: loss.Sums) -> dict[str, Array]:
   }
 
 
-def router_metrics(sums: loss.Sums) -> dict[str, Array]:
-  """Of a model with experts, {} without: `expert_load` [E], 1 where an expert has its share, of all
-  layers together; `expert_load_max`, of the busiest expert of all layers; `dropped`, the share of
-  choices that found no room; the two losses, per token.
-  """
-  if 'load' not in sums:
-    return {}
-  load, E = sums['load'], sums['load'].shape[1]
-  shares = load / jnp.maximum(load.sum(1, keepdims=True), 1) * E
-  return {
-    'expert_load': shares.mean(0),
-    'expert_load_max': shares.max(),
-    'dropped': sums['dropped'].sum() / jnp.maximum(load.sum(), 1),
-    **{
-      name: sums[name] / jnp.maximum(sums['tokens'], 1)
-      for name in ('balance_loss', 'router_z_loss')
-    },
-  }
-
-
 def summed_loss(model: Decoder, batch: Batch, z_loss: float) -> tuple[Float[Array, ''], loss.Sums]:
-  """Sum of the loss over the batch's targets, and the sums of loss.cross_entropy; divide by
-  `tokens` for means.
+  """The two of `losses` together, and the sums."""
+  total, balanced, sums = losses(model, batch, z_loss)
+  return total + balanced, sums
 
-  Of a model with experts the sum holds what balances them, and the sums what they report (see
-  model.moe).
+
+def losses(
+  model: Decoder, batch: Batch, z_loss: float
+) -> tuple[Float[Array, ''], Float[Array, ''], loss.Sums]:
+  """Sum of the loss over the batch's targets; that of what balances experts, over its tokens (0
+  without any, and by the 1F1B schedule, which knows one loss: there it is part of the first); and
+  the sums of loss.cross_entropy, with what experts report (see model.moe).
   """
   config = model.config
   # What causal attention takes is then the same for all devices of a row.
@@ -140,13 +135,16 @@ def summed_loss(model: Decoder, batch: Batch, z_loss: float) -> tuple[Float[Arra
         vocabulary=config.vocabulary_limit,
       )
 
-  def whole(model, batch):
+  def apart(model, batch):
     x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)
     total, sums = score(model, x, batch)
-    if router is None:
-      return total, sums
-    return total + router['balance_loss'] + router['router_z_loss'], sums | router
+    return total, balance(router), sums | (router or {})
+
+  def whole(model, batch):
+    total, balanced, sums = apart(model, batch)
+    return total + balanced, sums
 
   if pipelined.wanted(model):
-    return pipelined.value(model, batch, parts, score, whole)
-  return whole(model, batch)
+    total, sums = pipelined.value(model, batch, parts, score, whole)
+    return total, jnp.float32(0), sums
+  return apart(model, batch)

@@ -57,6 +57,7 @@ class OfOwnText(Objective):
   masked = False  # whether what did not end by itself counts nowhere
   of_sources, prefix = False, ''  # whether an encoder reads prompts; text in front of each
   penalty = 0.0  # with which divergence is taken off rewards, at first
+  adapts = False  # whether that moves from rollout to rollout
 
   def __post_init__(self):
     super().__post_init__()
@@ -178,10 +179,11 @@ class OfOwnText(Objective):
 
   def of_answers(self, sums) -> dict[str, Array]:
     """Means of them: `answer_length` in tokens; `ended`, the share that ended by itself; where
-    answers are judged `reward`, of those that have one.
+    answers are judged `reward`, of those that have one; NaN where none has.
     """
     answers = or_one(jnp.asarray(sums['last']))
     said = {'answer_length': sums['lengths'] / answers, 'ended': sums['ended'] / answers}
     if self.reward:
-      said['reward'] = sums['scores'] / or_one(jnp.asarray(sums['last'] - sums['failed']))
+      judged = jnp.asarray(sums['last'] - sums['failed'])
+      said['reward'] = jnp.where(judged > 0, sums['scores'] / or_one(judged), jnp.nan)
     return said

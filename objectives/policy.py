@@ -23,10 +23,11 @@ from jaxtyping import Array, Float
 import names
 from data import tokenizers
 from data.extra import same_ids
+from data.tokenizer import Tokenizer
 from objectives import advantage
-from objectives.answers import BEGUN, EXPERTS, NONE, REFERENCE, balance
+from objectives.answers import BEGUN, NONE, REFERENCE
+from objectives.experts import EXPERTS, balance, routed, router_metrics
 from objectives.laws import final, laid_out, target_logprobs
-from objectives.next_token import router_metrics
 from objectives.objective import MAIN, Role, or_one
 from objectives.own_text import OfOwnText
 from objectives.rollout import POLICY
@@ -169,13 +170,7 @@ class OfRollouts(OfOwnText):
       )
     read = super().read(config, log)
     if self.reference != BEGUN:
-      base = tokenizers.load(pathlib.Path(self.reference) / 'tokenizer')
-      if not same_ids(base, read.tokenizer):
-        raise ValueError(
-          f'the tokenizer of objective.reference={self.reference} ({base.kind}, '
-          f'{base.vocabulary:,} ids) is not that of the policy ({read.tokenizer.kind}, '
-          f'{read.tokenizer.vocabulary:,} ids); use a reference of the same tokenizer'
-        )
+      check_same_ids('reference', self.reference, read.tokenizer)
     return read
 
   def asked_of(self, first):
@@ -231,7 +226,7 @@ class OfRollouts(OfOwnText):
       said['kl'] = sums['kl'] / tokens
     if self.group > 1:
       said['equal_groups'] = sums['equal'] / answers
-    return said | router_metrics(sums)
+    return said | router_metrics(sums, weights[EXPERTS])
 
   def judged(self, models, batch):
     del models
@@ -313,7 +308,7 @@ class GRPO(OfRollouts):
     }
     return {
       POLICY: counts[VARIANTS[self.variant].counts],
-      EXPERTS: self.tokens(batch).astype(jnp.float32),
+      EXPERTS: routed(self.tokens(batch)),
     }
 
   def sums(self, models, batch):
@@ -335,3 +330,14 @@ class GRPO(OfRollouts):
     terms = {POLICY: total, EXPERTS: balance(router)}
     sums = jax.lax.stop_gradient(sums | self.said_sums(batch, log_ratio))
     return terms, sums | (router or {})
+
+
+def check_same_ids(name: str, directory: str, tokenizer: Tokenizer) -> None:
+  """Raises ValueError where the run of objective.NAME reads other ids than the policy."""
+  base = tokenizers.load(pathlib.Path(directory) / 'tokenizer')
+  if not same_ids(base, tokenizer):
+    raise ValueError(
+      f'the tokenizer of objective.{name}={directory} ({base.kind}, {base.vocabulary:,} ids) is '
+      f'not that of the policy ({tokenizer.kind}, {tokenizer.vocabulary:,} ids); use a {name} of '
+      'the same tokenizer'
+    )

@@ -25,10 +25,11 @@ import names
 from kernels import context
 from model import heads
 from objectives import advantage
-from objectives.answers import EXPERTS, REFERENCE, balance
+from objectives.answers import REFERENCE
+from objectives.experts import EXPERTS, balance, routed
 from objectives.laws import final, laid_out
 from objectives.objective import MAIN, Role, or_one
-from objectives.policy import OfRollouts
+from objectives.policy import OfRollouts, check_same_ids
 from objectives.rollout import POLICY
 from objectives.rollout_rows import RolloutBatch
 
@@ -84,6 +85,10 @@ class PPO(OfRollouts):
         "objective.critic='' names no critic; it is 'separate', 'shared' or the directory of a run"
       )
 
+  @property
+  def adapts(self) -> bool:
+    return self.kl_target > 0
+
   # 1. Models.
 
   def models(self, config):
@@ -102,13 +107,32 @@ class PPO(OfRollouts):
   def accepts(self, models):
     super().accepts(models)
     critic = models.get(CRITIC)
-    if critic is not None and critic.V != models[MAIN].V:
+    if critic is None:
+      return
+    if critic.execution.stored:
+      raise ValueError(
+        f'objective.critic={self.critic!r} lies in codes ({", ".join(critic.execution.stored)}), '
+        'and a critic is trained; name the run that it was made of'
+      )
+    if critic.moe.experts and critic.moe.bias_rate:
+      raise NotImplementedError(
+        f'model.moe.bias_rate={critic.moe.bias_rate} balances experts of the policy, and '
+        f'objective.critic={self.critic!r} has experts of its own; set it to 0, with '
+        "model.moe.balance_loss in its place, or use objective.critic='shared'"
+      )
+    if critic.V != models[MAIN].V:
       raise ValueError(
         f'objective.critic={self.critic!r} has model.vocabulary={critic.vocabulary} and the policy '
         f'{models[MAIN].vocabulary}: they read other tokens; use a run of the same tokenizer'
       )
 
   # 2. Batches.
+
+  def read(self, config, log):
+    read = super().read(config, log)
+    if self.critic not in (SEPARATE, SHARED):
+      check_same_ids('critic', self.critic, read.tokenizer)
+    return read
 
   def asked_of(self, first):
     return (*super().asked_of(first), VALUE)
@@ -160,8 +184,7 @@ class PPO(OfRollouts):
 
   def weights(self, batch):
     tokens = batch.weights.sum()
-    experts = self.tokens(batch).astype(jnp.float32)
-    return {POLICY: tokens, VALUE: tokens, EXPERTS: experts}
+    return {POLICY: tokens, VALUE: tokens, EXPERTS: routed(self.tokens(batch))}
 
   def sums(self, models, batch):
     scored = self.score_policy(models, batch)

@@ -13,9 +13,9 @@ from jaxtyping import Array
 import names
 from data.preferences import ChoiceSettings
 from objectives import answers, compared
-from objectives.answers import EXPERTS, NONE, REFERENCE, OfAnswers, Scored
+from objectives.answers import NONE, REFERENCE, OfAnswers, Scored
+from objectives.experts import EXPERTS, balance, routed, router_metrics
 from objectives.laws import laid_out
-from objectives.next_token import router_metrics
 from objectives.objective import MAIN, or_one
 
 PAIRS, CHOSEN = 'preference', 'sft'  # terms
@@ -82,13 +82,13 @@ class Comparing(OfAnswers):
 
   def weights(self, batch):
     chosen = batch.weights * (batch.segments % 2)
-    weights = {PAIRS: answers.pairs_of(batch), EXPERTS: batch.weights.sum()}
+    weights = {PAIRS: answers.pairs_of(batch), EXPERTS: routed(self.tokens(batch))}
     return weights | ({CHOSEN: chosen.sum()} if self.sft else {})
 
   def sums(self, models, batch):
     scored = answers.score(models, *laid_out(models[MAIN], batch))
     each = jnp.where(scored.real, compared.losses(scored.answers, self), 0)
-    terms = {PAIRS: each.sum(), EXPERTS: answers.balance(scored.router)}
+    terms = {PAIRS: each.sum(), EXPERTS: balance(scored.router)}
     if self.sft:
       chosen = jnp.where(scored.real, scored.answers.policy[..., 0], 0)
       terms[CHOSEN] = -self.sft * chosen.sum()
@@ -123,7 +123,7 @@ class Comparing(OfAnswers):
     said.pop(EXPERTS, None)
     if not self.sft:
       said.pop(PAIRS, None)
-    return said | self._means(sums) | router_metrics(sums)
+    return said | self._means(sums) | router_metrics(sums, weights[EXPERTS])
 
   def _means(self, sums):
     pairs = or_one(jnp.asarray(sums['pairs']))

@@ -18,13 +18,13 @@ import names
 from data.preferences import ChoiceBatch
 from data.rewarded import RewardedSettings
 from model import heads
-from objectives.answers import OfChoices, balance, by_pairs, pairs_of
+from objectives.answers import OfChoices, by_pairs, pairs_of
 from objectives.classify_head import FIRST, HEAD, LAST, check_head, unscored
+from objectives.experts import EXPERTS, balance, routed, router_metrics
 from objectives.laws import laid_out
-from objectives.next_token import router_metrics
 from objectives.objective import MAIN, Role, or_one
 
-PAIRS, EXPERTS = 'reward', 'experts'  # terms
+PAIRS = 'reward'  # a term
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Reward(OfChoices, RewardedSettings):
   # 3. Loss, and what is said of it.
 
   def weights(self, batch):
-    return {PAIRS: pairs_of(batch), EXPERTS: self.tokens(batch).astype(jnp.float32)}
+    return {PAIRS: pairs_of(batch), EXPERTS: routed(self.tokens(batch))}
 
   def sums(self, models, batch):
     batch, parts = laid_out(models[MAIN], batch)
@@ -101,7 +101,7 @@ class Reward(OfChoices, RewardedSettings):
     """
     said = super().metrics(terms, weights, sums)
     said.pop(EXPERTS, None)
-    return said | _means(sums) | router_metrics(sums)
+    return said | _means(sums) | router_metrics(sums, weights[EXPERTS])
 
   def judged(self, models, batch):
     terms, sums = self.sums(models, batch)

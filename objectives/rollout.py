@@ -219,7 +219,7 @@ class Rollouts:
     differing = [
       f'{name}: {position.get(name)!r} then, {value!r} now'
       for name, value in now.items()
-      if position.get(name) != value
+      if position.get(name, value) != value
     ]
     if differing:
       raise ValueError(
@@ -228,7 +228,8 @@ class Rollouts:
         '--config.init'
       )
     self._rollouts, self._prompt = position['rollouts'], position['prompt']
-    self._coefficient = position['coefficient']
+    if self._settings.adapts:
+      self._coefficient = position['coefficient']
     self._left = position.get('left', [])
     self._batch = unpacked(position['batch']) if self._left else None
 
@@ -240,6 +241,9 @@ class Rollouts:
     return {
       'data.batch_size': self._config.batch_size,
       'objective.minibatches': self._settings.minibatches,
+      'objective.max_new_tokens': self._settings.max_new_tokens,
+      # At which the law was that its answers were drawn from.
+      'objective.temperature': self._settings.temperature,
       **self._form.sizes,
     }
 
@@ -252,9 +256,9 @@ class Rollouts:
     if len(answers.failures) > 3:
       self._stage.log(f'WARNING: and {len(answers.failures) - 3} more of this rollout')
     if not np.isfinite(answers.scores).any():
-      raise ValueError(
-        f'none of the {len(answers.scores)} answers of rollout {self._rollouts} has a reward: '
-        f'{answers.failures[0]}'
+      raise FloatingPointError(
+        f'none of the {len(answers.scores)} answers of rollout {self._rollouts} has a reward'
+        + ''.join(f': {line}' for line in answers.failures[:1])
       )
     batch = laid_out(answers, self._form, settings.group, settings.masked)
 
@@ -316,7 +320,7 @@ class Rollouts:
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
   def _check(self, batch: RolloutBatch, policy: np.ndarray) -> None:
-    """Raises ValueError where sampler and trainer do not agree on what the policy thinks."""
+    """Raises FloatingPointError where sampler and trainer do not agree about the policy."""
     counted = batch.weights > 0
     drift = np.where(counted, np.abs(policy - batch.behaviour), 0.0)
     most, limit = float(drift.max()), DRIFT[self._stage.dtype]
@@ -326,7 +330,7 @@ class Rollouts:
     )
     if not most <= limit:
       row, column = np.unravel_index(int(drift.argmax()), drift.shape)
-      raise ValueError(
+      raise FloatingPointError(
         f'the sampler and the trainer differ by {most:.3g} nats on a token (row {row}, place '
         f'{column}), of at most {limit:g} in {self._stage.dtype}: what is learned would not be of '
         'what was written. On hardware whose f32 products are of lower precision set '

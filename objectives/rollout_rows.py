@@ -139,10 +139,7 @@ class SourceAnswerRows(AnswerRows):
 
   @property
   def sizes(self):
-    return {
-      'data.sequence_length': self.source_length,
-      'objective.max_new_tokens': self.length,
-    }
+    return {'data.sequence_length': self.source_length}
 
   def empty(self, rows):
     return SourceRolloutBatch.empty(rows, self.length, self.source_length)

@@ -245,7 +245,8 @@ class Config:
       )
     if not self.train.epochs:
       return dataclasses.replace(self, model=model)
-    steps = math.ceil(self.train.epochs * rows / self.data.batch_size)
+    # In binary 1.1 is a little more than it says, and would be a step more.
+    steps = math.ceil(round(self.train.epochs * rows / self.data.batch_size, 6))
     train = dataclasses.replace(self.train, steps=steps, epochs=0)
     return dataclasses.replace(self, model=model, train=train)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from kernels import attention, context
+from objectives.objective import Objective
 from parallel import axes
 from training.config import Config
 
@@ -25,7 +26,8 @@ def worse_than_guessing(done: Mapping | None, config) -> str:
   nothing: of another tokenizer, or of another template. '' where there is nothing to say.
   """
   guess = math.log(config.model.V)
-  if done is None or done['step'] != 1 or not config.init:
+  of_tokens = config.objective.loss_unit == Objective.loss_unit
+  if done is None or done['step'] != 1 or not config.init or not of_tokens:
     return ''
   begins = done.get('cross_entropy', done['loss'])  # of the text, where the loss is of more
   if not begins > guess:

@@ -11,6 +11,7 @@ from objectives.objective import Batches
 from training import config as configs
 from training.config import Config
 from training.optimizer import make_schedule
+from workdir.checkpoint import Checkpoints
 
 JUMP = 1.5  # of the rate: a factor, up or down, that no schedule is meant to have within a step
 
@@ -50,4 +51,21 @@ def restore_order(batches: Batches, position: dict, allow_change: bool, log) -> 
       raise
     log(
       f'WARNING: {error}. Because of --allow_config_change, the new order starts at its beginning'
+    )
+
+
+def check_same_model(name: str, reference: dict, place: str, log) -> None:
+  """Raises ValueError where the config names another run at `place` for a model than the one that
+  the checkpoint has by this reference.
+
+  Where no run is there, the model was moved: the reference tells where it is (convert.py rebase).
+  """
+  step, others = reference['step'], Checkpoints(place, log=log)
+  known = others.latest() is not None
+  if step in others.steps():
+    known = others.reference(step)['digest'] != reference['digest']
+  if known:
+    raise ValueError(
+      f'{name!r} of this run is checkpoint {step} of {reference["directory"]}, and the config '
+      f'names {place}, which is another model; name the first one, or begin a run with that'
     )

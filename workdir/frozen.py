@@ -40,8 +40,12 @@ class Frozen:
 
   def completed(self, state: TrainState, log: Callable[[str], Any]) -> TrainState:
     """A state that was kept, with what it left out. Raises ValueError where that is not what it
-    was.
+    was, and where the config names another model for it now.
     """
+    for name, reference in self.references.items():
+      place = named(self.config, name) if name in states.roles(self.config) else ''
+      if place and place != reference['directory']:
+        names.imported('workdir.changes.check_same_model')(name, reference, place, log)
     models = {
       name: _frozen(self.config, name, reference, log)
       for name, reference in self.references.items()
@@ -63,12 +67,11 @@ def begin(
   """
   models, references, rule = {}, {}, states.rule(config)
   for name, role in states.roles(config).items():
-    main = config.objective.main in (name, role.begun)
     if role.adapter:
       models |= names.imported('workdir.adapted.begun')(config, models, imported, log)
       continue
-    own = main and imported and not config.adapter.kind
-    directory = imported if own else config.init if main else role.directory
+    own = config.objective.main in (name, role.begun) and imported and not config.adapter.kind
+    directory = imported if own else named(config, name)
     if not directory or role.made:
       continue
     if not own:
@@ -78,6 +81,12 @@ def begin(
     if frozen and not own:
       references[name] = reference
   return _shared(config, models, references), Frozen(config, references)
+
+
+def named(config: Config, name: str) -> str:
+  """The directory of the run that a model begins with, as the config names it; '' for none."""
+  role = states.roles(config)[name]
+  return config.init if config.objective.main in (name, role.begun) else role.directory
 
 
 def check_base(directory) -> None:

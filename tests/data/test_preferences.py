@@ -191,9 +191,17 @@ def test_a_judged_answer_stands_beside_the_one_before_it(tmp_path):
     assert own == row['completion'] and whole.startswith(other) and other
 
 
-def test_one_judged_answer_has_no_other(tmp_path):
+def test_the_other_answer_is_to_another_prompt(tmp_path):
+  """Also where all answers to a prompt follow one another; one prompt has no other."""
   path = tmp_path / 'a.jsonl'
-  path.write_text(json.dumps(judged(1)[0]))
   source = SourceConfig(kind='jsonl', path=str(path), format='judged')
-  with pytest.raises(ValueError, match='a.jsonl:1: the only record of its source'):
-    list(mismatched(records(source)))
+
+  def others(prompts):
+    rows = [{'prompt': p, 'completion': f'{p}{i}', 'label': True} for i, p in enumerate(prompts)]
+    path.write_text('\n'.join(map(json.dumps, rows)))
+    return [each.other.completion for _, each in mismatched(records(source))]
+
+  assert others('aabbcb') == ['b2', 'b2', 'a1', 'a1', 'b3', 'c4']
+  for alone in ('a', 'aaa'):
+    with pytest.raises(ValueError, match='a.jsonl:1: the only prompt of its source'):
+      others(alone)

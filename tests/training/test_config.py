@@ -235,6 +235,9 @@ def test_open_sizes_come_from_the_data():
     ValueError, match=r'model\.vocabulary=264 is smaller than the tokenizer\'s 265; set it to 0'
   ):
     tiny().resolve(265)
+  # So many epochs as were written: in binary 1.1 x 100 is more than 110.
+  made = tiny(train={'steps': 0, 'epochs': 1.1}, data={'batch_size': 10})
+  assert made.resolve(259, rows=100).train.steps == 11
 
 
 def leaves(cls, known: frozenset = frozenset()) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def by_hand(objective, logits, targets, weights):
 
 
 def mean(objective, models, batch):
-  ((total, weight),) = objective.loss(models, batch).values()
+  total, weight = objective.loss(models, batch)[objective.term]
   return total / weight
 
 
@@ -606,6 +607,20 @@ def test_a_run_learns_of_a_run_and_resumes(corpus, tmp_path):
   assert last['bits_per_byte'] > 0
   opened = open_run(tmp_path / 'whole')
   assert opened.model.config.D == 32
+
+  # Another teacher is another run; the same one may be elsewhere.
+  shutil.copytree(tmp_path / 'teacher', tmp_path / 'moved')
+  run_here(
+    on(corpus, model=TEACHER, train={'steps': 1, 'save_every': 1, 'seed': 3}), tmp_path / 'other'
+  )
+  for name in ('other', 'moved'):
+    objective = dataclasses.replace(student(5).objective, teacher=str(tmp_path / name))
+    longer = dataclasses.replace(student(5), objective=objective)
+    if name == 'moved':
+      run_here(longer, tmp_path / 'again')
+      continue
+    with pytest.raises(SystemExit, match="'teacher' of this run is checkpoint 1 .* another model"):
+      run_here(longer, tmp_path / 'again')
 
 
 @pytest.mark.slow

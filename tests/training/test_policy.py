@@ -3,6 +3,7 @@ temperature, whatever the parts and the devices?
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from test_objective import Run
 
 from model.adaptation import AdapterConfig
+from model.config import MoEConfig
 from objectives import policy, ppo
 from objectives.policy import GRPO, VARIANTS
 from objectives.ppo import PPO
@@ -356,6 +358,16 @@ def test_what_means_nothing_is_refused(fields, said):
     GRPO(**fields)
 
 
+def test_answers_without_any_reward_have_none():
+  """And an evaluation of such is the best of nothing."""
+  sums = dict.fromkeys(('lengths', 'ended', 'scores'), 0.0) | {'last': 8.0, 'failed': 8.0}
+  objective = dataclasses.replace(PENALISED, reward=('r.py',))
+  said = objective.verdict(sums, None)
+  assert math.isnan(said['validation_reward']) and math.isnan(said['validation_loss'])
+  said = objective.verdict(sums | {'failed': 6.0, 'scores': 3.0}, None)
+  assert said['validation_reward'] == 1.5
+
+
 def test_models_that_write_no_text_are_refused():
   encoder = dict(causal=False)
   seq2seq = dict(encoder_layers=2)
@@ -365,6 +377,19 @@ def test_models_that_write_no_text_are_refused():
   experts = dataclasses.replace(tiny().model.moe, experts=4, dispatch='capacity')
   with pytest.raises(ValueError, match="use 'dropless'"):
     check_models(config(PENALISED, model={'moe': experts}))
+  critical = dataclasses.replace(CRITICAL, critic='runs/reward')
+  coded = dataclasses.replace(tiny().model.execution, stored=('*=int8',))
+  for fields, error, said in (
+    ({'execution': coded}, ValueError, r'lies in codes \(\*=int8\), and a critic is trained'),
+    (
+      {'moe': MoEConfig(experts=4, selection_bias=True, bias_rate=0.1)},
+      NotImplementedError,
+      "critic='shared'",
+    ),
+  ):
+    critic = dataclasses.replace(tiny().model, **fields)
+    with pytest.raises(error, match=said):
+      critical.accepts({'policy': tiny().model, 'critic': critic})
   with pytest.raises(ValueError, match='leaves no room for a prompt'):
     PENALISED.read(tiny(data={'sequence_length': 8}).data, print)
 

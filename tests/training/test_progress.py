@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from model.execution import ExecutionConfig
+from objectives.preference import Preference
 from tests.training.conftest import tiny
 from training.hints import worse_than_guessing
 from workdir.progress import Progress, check_finite
@@ -73,6 +74,9 @@ def test_a_tuned_model_that_begins_worse_than_guessing_is_told():
     (None, config),
   ):
     assert not worse_than_guessing(done, of)
+  # A loss that is not of tokens has another beginning: IPO's is (1 / 2 beta)^2.
+  ipo = dataclasses.replace(config, objective=Preference(variant='ipo'))
+  assert not worse_than_guessing(begun | {'loss': 25.0}, ipo)
 
 
 NORMS = {'blocks': {'q': jnp.float32(3), 'k': jnp.float32(math.nan)}, 'head': jnp.float32(0.5)}

@@ -171,6 +171,17 @@ def test_the_rest_of_a_rollout_is_of_its_config(place, tmp_path):
     fewer = dataclasses.replace(run.config.objective, minibatches=1)
     with pytest.raises(ValueError, match='objective.minibatches: 2 then, 1 now'):
       Rollouts(run.stage, fewer, run.config.data, range(8)).restore(position)
+    # What is left was drawn, and is of the lengths, that the old settings say.
+    for name, value in (('temperature', 0.7), ('max_new_tokens', 3)):
+      changed = dataclasses.replace(run.config.objective, **{name: value})
+      with pytest.raises(ValueError, match=f'objective.{name}: .* then, {value} now'):
+        Rollouts(run.stage, changed, run.config.data, range(8)).restore(position)
+    # A weight that adapts goes on from where it was; one that stays is the config's.
+    for target, coefficient in ((0.0, 0.1), (2.0, 0.7)):
+      ppo = dataclasses.replace(CRITICAL, kl_target=target)
+      again = Rollouts(run.stage, ppo, run.config.data, range(8))
+      again.restore(position | {'coefficient': 0.7})
+      assert again.state()['coefficient'] == coefficient
     with pytest.raises(ValueError, match='key: .* then'):
       other.restore(position | {'key': 'another'})
 
@@ -214,7 +225,7 @@ def test_a_reward_that_fails_is_counted_and_all_failing_ends_the_run(place, tmp_
     assert len(told) == min(3, failed.sum()) and 'prompts.jsonl:' in told[0]
   (tmp_path / 'own.py').write_text('def reward(text, record):\n  return None\n')
   with Started(dataclasses.replace(made, objective=objective), tmp_path) as run:
-    with pytest.raises(ValueError, match='none of the 16 answers of rollout 0 has a reward'):
+    with pytest.raises(FloatingPointError, match='none of the 16 answers of rollout 0 has'):
       run.rollouts.take(run.state)
 
 
@@ -239,7 +250,7 @@ def test_sampler_and_trainer_that_differ_are_told(place, tmp_path, monkeypatch):
   """A forgotten temperature, or weights that are not the step's, end the run before it begins."""
   with Started(config(place, FAMILY), tmp_path) as run:
     run.stage._actor._temperature = 0.5
-    with pytest.raises(ValueError, match='the sampler and the trainer differ by'):
+    with pytest.raises(FloatingPointError, match='the sampler and the trainer differ by'):
       run.rollouts.take(run.state)
 
 

@@ -1,0 +1,60 @@
+"""Does what balances experts weigh the same, however few of a batch's tokens are learned from?"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.preferences import ChoiceBatch
+from model import heads, transformer
+from model.config import MoEConfig
+from objectives.classify_head import ClassifyHead
+from objectives.distil import Distil
+from objectives.experts import EXPERTS
+from objectives.next_token import NextToken
+from objectives.preference import Preference
+from objectives.reward import Reward
+from tests.training.conftest import B, T, V, quickly, tiny
+
+MOE = MoEConfig(experts=4, balance_loss=0.3, z_loss=0.1)
+# Each of the same tokens, of which pairs learn from the second half of every segment.
+KINDS = {
+  'next_token': NextToken(),
+  'distil': Distil(teacher='t'),
+  'preference': Preference(variant='simpo', reference='none'),
+  'reward': Reward(),
+  'classify_head': ClassifyHead(),
+}
+
+
+def batch_of(learned: int) -> ChoiceBatch:
+  """Two segments a row, of which the last `learned` tokens of each are learned from."""
+  draw, half = np.random.default_rng(0), T // 2
+  batch = ChoiceBatch.empty(B, T)
+  batch.tokens[:] = draw.integers(3, V, (B, T))
+  batch.targets[:] = draw.integers(0, 2, (B, T))
+  batch.positions[:] = np.tile(np.arange(half), 2)
+  batch.segments[:] = np.repeat([1, 2], half)
+  batch.weights[:] = np.tile(np.arange(half) >= half - learned, 2)
+  return jax.tree.map(jnp.asarray, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+def test_its_part_of_the_loss_is_a_mean_over_all_tokens(kind, one_device):
+  config = dataclasses.replace(tiny(model={'moe': MOE}), objective=KINDS[kind])
+  policy = quickly(jax.jit(functools.partial(transformer.init, config.model, 0)))()
+  models = {'policy': policy, 'teacher': policy}
+  if kind in ('reward', 'classify_head'):
+    labels = 1 if kind == 'reward' else 2
+    models['head'] = heads.new(config.model, 0, labels=labels)
+  loss = jax.jit(lambda batch: KINDS[kind].loss(models, batch)[EXPERTS])
+  report = policy(*(getattr(batch_of(1), name) for name in ('tokens', 'positions', 'segments')))[2]
+  by_hand = (report['balance_loss'] + report['router_z_loss']) / (B * T)
+  assert by_hand > 0.01
+  for learned in (1, T // 2):
+    total, weight = loss(batch_of(learned))
+    np.testing.assert_allclose(total / weight, by_hand, rtol=1e-5)
