@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compression.judge import divergence
 from data.batch import Batch
-from model.logprobs import kl, logprobs
+from model.config import ModelConfig
+from model.logprobs import logprobs
 from model.vocabulary import TOKENS, Law
 from parallel import axes as ax
 
@@ -50,7 +52,9 @@ class QualityBound:
     return cls(flag.removeprefix('max_'), most)
 
   def said(self, cost: float) -> str:
-    """A cost in words, and whether it holds."""
+    """A cost in words, and whether it holds; one that is no number never does."""
+    if math.isnan(cost):
+      return f'{self.name} is NaN, no number: too much'
     holds = 'holds' if cost <= self.most else 'too much'
     if self.name == 'kl':
       return f'KL {cost:.4f} of {self.most:g} nats a token: {holds}'
@@ -75,6 +79,16 @@ def from_options(options) -> QualityBound | None:
   return QualityBound.parse(options.max_kl, options.max_perplexity_increase)
 
 
+def check(config: ModelConfig) -> None:
+  """Raises NotImplementedError for a model whose cost is not that of the next token."""
+  if config.encoder_layers or not config.causal:
+    raise NotImplementedError(
+      f'--max_kl and --max_perplexity_increase with model.encoder_layers={config.encoder_layers}, '
+      f'model.causal={config.causal}: a bound is met on texts that are read from left to right, as '
+      'by a decoder; give --scheme'
+    )
+
+
 def search(
   make: Callable[[int], Any],
   costs: Sequence[Callable[[Any], float]],
@@ -88,13 +102,16 @@ def search(
 
   costs: of calibration, by which it is searched, and of held-out texts, by which what was found is
     judged; where that is too much, less is searched by both.
-  Raises ValueError where none holds.
+  Raises ValueError where none holds; it says where a cost was no number.
   """
+  not_numbers: list[int] = []  # numbers whose cost was none
   places = 'calibration', 'held-out texts'
 
   def holds(made, number, which):
     cost = costs[which](made)
     log(f'{said(number)}: {bound.said(cost)}, on {places[which]}')
+    if math.isnan(cost):
+      not_numbers.append(number)
     return cost <= bound.most
 
   def largest(below, checks):
@@ -113,15 +130,19 @@ def search(
   if found and not holds(made, found, 1):
     found, made = largest(found, [0, 1])
   if not found:
+    reason = (
+      f'; of {said(min(not_numbers))} it is NaN: look at the run itself' if not_numbers else ''
+    )
     raise ValueError(
-      f'nothing that was tried, from {said(1)} on, keeps {bound.name} within {bound.most:g}; allow '
-      'more, or use a method that costs less'
+      f'nothing that was tried, from {said(1)} on, keeps {bound.name} within {bound.most:g}'
+      f'{reason}; allow more, or use a method that costs less'
     )
   return found, made
 
 
 def cost_on(original, batches: Sequence[Batch], bound: QualityBound, vocabulary: int):
-  """A function of a smaller model: what it costs on these rows, by what the bound is of.
+  """A function of a smaller model: what it costs on these rows, by what the bound is of; NaN where
+  a model gives NaN.
 
   vocabulary: ids below it are the tokenizer's.
   """
@@ -139,7 +160,7 @@ def cost_on(original, batches: Sequence[Batch], bound: QualityBound, vocabulary:
 
     laws = law(original), law(smaller)
     if bound.name == 'kl':
-      return (kl(*laws, weights) * weights).sum(), weights.sum()
+      return (divergence(*laws, weights) * weights).sum(), weights.sum()
     before, after = (-logprobs(one, targets, weights) for one in laws)
     return ((after - before) * weights).sum(), weights.sum()
 
@@ -147,8 +168,8 @@ def cost_on(original, batches: Sequence[Batch], bound: QualityBound, vocabulary:
 
   def cost(smaller) -> float:
     total = np.sum([jax.device_get(run(original, smaller, batch)) for batch in batches], axis=0)
-    mean = float(total[0] / total[1])
-    return max(0.0, mean) if bound.name == 'kl' else math.expm1(mean)
+    mean = np.float64(total[0]) / total[1]
+    return float(mean if bound.name == 'kl' else np.expm1(mean))
 
   return cost
 

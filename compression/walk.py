@@ -42,11 +42,13 @@ class LayerChange:
       parameters have the names that they have in the model.
     wanted: (name, parameter) -> whether its statistics are taken.
     products: whether these have X^T X.
+    instead: what the same command does without calibration, for errors.
   """
 
   make: Callable[[str, Any, Mapping[str, InputStatistics]], Any]
   wanted: Callable[[str, Any], bool]
   products: bool = True
+  instead: str = '--method=rtn or mse'
 
 
 def by_matrix(change: Callable[[str, Any, InputStatistics], Weight]) -> Callable:
@@ -96,7 +98,7 @@ def walk(
   Raises NotImplementedError for what is not walked through; ValueError for too few tokens, and
     where a matrix is multiplied with what is no number.
   """
-  _check(model.config)
+  _check(model.config, change.instead)
   check_tokens(model, batches, change)
   every = layers_of(model.config)
   done: dict[tuple[str, int], list] = {}
@@ -210,11 +212,11 @@ def estimate(model: Decoder, batches: Sequence[Batch], change: LayerChange) -> d
   }
 
 
-def _check(config: ModelConfig) -> None:
+def _check(config: ModelConfig, instead: str) -> None:
   if config.shared_layers > 1:
     raise NotImplementedError(
       f'model.shared_layers={config.shared_layers}: a layer that is used again and again sees more '
-      'than one thing; use --method=rtn or mse, which need no calibration'
+      f'than one thing; use {instead}, without calibration'
     )
   sizes = jax.sharding.get_abstract_mesh().shape
   if math.prod(sizes.values() or [1]) > 1:

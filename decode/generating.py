@@ -39,7 +39,9 @@ def generating_model(
 
   whole: matrices that `fsdp` splits are gathered here, instead of at every token; tables and
     experts stay as they are.
+  Raises ValueError for weights as model.weights.scheme.check_asked.
   """
+  scheme.check_asked(model.config, weights)
   model = in_compute_dtype(model if ax.size('layers') > 1 else rearranged.unstacked(model))
   model = turned(scheme.everywhere(weights)(model) if weights else model)
   dtype = model.config.execution.dtype

@@ -30,7 +30,7 @@ from decode.sampling import sampling_of
 from model import transformer
 from model.cache import APPEND, init_cache
 from model.weights import read
-from model.weights.scheme import Scheme
+from model.weights.scheme import check_asked
 from parallel import axes as ax
 
 # Prompt lengths and capacities are rounded up to powers of two from here, so that few programs
@@ -66,10 +66,10 @@ class LoadedModel:
     dtype, or as the run has them. adapters: that rows can have, by name: pairs of a
     model.adapters.Adapter and its config.
 
-    Raises ValueError and NotImplementedError for adapters as decode.beside.with_adapters.
+    Raises ValueError for weights as model.weights.scheme.check_asked, and it or NotImplementedError
+    for adapters as decode.beside.with_adapters.
     """
-    if weights:
-      Scheme.parse(weights)
+    check_asked(model.config, weights)
     model.config.check_parameters(dict(mesh.shape))
     self.tokenizer = tokenizer
     self.mesh = mesh

@@ -274,10 +274,10 @@ def _divergence_forward(p, q, weights, beta, chunk):
       logits = (passes.tempered(part, passes.capped(part, c)) for part, c in zip(parts, chunks))
       laws = (_probabilities(z, lse, ids) for z, lse in zip(logits, lses))
       a, b = _slopes(*laws, beta)
-      # Each id's share of the divergence is at least 0; a rounding error must not make it less.
-      return tuple(
-        total + value.sum(-1) for total, value in zip(sums, (jnp.maximum(a + b, 0), a, b))
-      ), None
+      # Each id's share of the divergence is at least 0; a rounding error must not make it less. (Of
+      # NaN and 0 a CPU may add up 0 as the larger.)
+      share = jnp.where(a + b < 0, 0, a + b)
+      return tuple(total + value.sum(-1) for total, value in zip(sums, (share, a, b))), None
 
     # The sums of the slopes by log p and log q come along, one number a token each: the backward
     # pass subtracts them from every id's slope, and must know them before its first chunk.

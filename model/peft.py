@@ -99,7 +99,8 @@ def _low_rank(adapter, config, network, family) -> tuple[dict[str, np.ndarray], 
   places = list(_places(network, family, adapter))
   for place in places:
     parts = {
-      name: x if place.index is None else x[place.index] for name, x in _parts(adapter, place)
+      name: x if place.index is None else x[place.index]
+      for name, x in _parts(adapter, place, network.V)
     }
     rank = config.rank
     a = np.moveaxis(parts['a'], -1, 0).transpose(0, *(1 + i for i in place.inputs[0]))
@@ -130,12 +131,15 @@ def _low_rank(adapter, config, network, family) -> tuple[dict[str, np.ndarray], 
   return tensors, settings
 
 
-def _parts(adapter, place: _Place):
-  """a, b and the lengths of a place, sides as matrices have them; a table's rows are outputs."""
+def _parts(adapter, place: _Place, vocabulary: int):
+  """a, b and the lengths of a place, sides as matrices have them; a table's rows are outputs, and
+  those that are no ids stay here.
+  """
   parts = adapter[place.leaf]
   if place.leaf != 'head.tokens':
     return parts.items()
-  return {'a': np.swapaxes(parts['b'], -1, -2), 'b': np.swapaxes(parts['a'], -1, -2)}.items()
+  rows = parts['a'][..., :vocabulary, :]
+  return {'a': np.swapaxes(parts['b'], -1, -2), 'b': np.swapaxes(rows, -1, -2)}.items()
 
 
 def _targets(modules: list[str], network: ModelConfig, family) -> list[str]:
@@ -215,7 +219,9 @@ def read(
       for part, by_index in by_part.items()
     }
     if leaf == 'head.tokens':
-      stacked = {'a': np.swapaxes(stacked['b'], -1, -2), 'b': np.swapaxes(stacked['a'], -1, -2)}
+      rows = np.swapaxes(stacked['b'], -1, -2)
+      unused = [(0, 0)] * (rows.ndim - 2) + [(0, network.table_rows - network.V), (0, 0)]
+      stacked = {'a': np.pad(rows, unused), 'b': np.swapaxes(stacked['a'], -1, -2)}
     arrays[leaf] = stacked
   fields = {'targets': tuple(sorted(arrays))}
   return AdapterConfig(**{**_fields(config), **fields}), arrays

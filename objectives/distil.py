@@ -137,6 +137,11 @@ class Distilling(Objective):
       super().accepts({MAIN: teacher})
     except (NotImplementedError, ValueError) as error:
       raise type(error)(f'the teacher, objective.teacher={self.teacher}: {error}') from error
+    if teacher.execution.stored and self.teacher_stored:
+      raise ValueError(
+        f'objective.teacher_stored={self.teacher_stored!r} of objective.teacher={self.teacher}, '
+        f'which lies in codes already ({", ".join(teacher.execution.stored)}); leave it out'
+      )
     sizes = [(network.V, network.table_rows) for network in (student, teacher)]
     if student.V and sizes[0] != sizes[1]:
       raise ValueError(

@@ -156,7 +156,16 @@ def compressed(form, weights, activations=None):
 
 
 def gptq(bits=4, group=32, symmetric=True, version=1, order=None, label='gptq'):
-  """order: of the inputs, as act-order takes them; the i-th of it is in group i / group."""
+  """order: of the inputs, as act-order takes them; the i-th of it is in group i / group.
+
+  version: 1 takes 1 from each zero point, of all in a word at once, so that one of 0 borrows.
+  """
+
+  def stored(zero):
+    if version == 2:
+      return packed(zero, bits)
+    ones = packed(np.ones_like(zero), bits).view(np.uint32)
+    return (packed(zero, bits).view(np.uint32) - ones).view(np.int32)
 
   def write(module, x):
     order_ = np.arange(x.shape[1]) if order is None else order(x.shape[1])
@@ -165,7 +174,7 @@ def gptq(bits=4, group=32, symmetric=True, version=1, order=None, label='gptq'):
     size = group or x.shape[1]
     return {
       f'{module}.qweight': packed(codes[:, back], bits).T,
-      f'{module}.qzeros': packed((zero.T - (version == 1)) % 2**bits, bits),
+      f'{module}.qzeros': stored(zero.T),
       f'{module}.scales': scale.T,
       f'{module}.g_idx': np.int32(back // size),
     }, numbers[:, back]

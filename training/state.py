@@ -47,7 +47,7 @@ def roles(config) -> dict[str, Role]:
   """The models that a run of this config holds, the main one first; an adapter of it last.
 
   What an objective takes as the main one began is not among them where an adapter leaves that as it
-  is (`references`).
+  is (`references`). Raises ValueError for adapter.base as model.weights.scheme.check_asked.
   """
   left_out = references(config)
   models = {
@@ -58,7 +58,10 @@ def roles(config) -> dict[str, Role]:
   adapter, main = config.adapter, config.objective.main
   if not adapter.kind:
     return models
-  stored = names.imported('model.weights.scheme.everywhere')(adapter.base) if adapter.base else None
+  stored = None
+  if adapter.base:
+    names.imported('model.weights.scheme.check_asked')(models[main].config, adapter.base)
+    stored = names.imported('model.weights.scheme.everywhere')(adapter.base)
   base = dataclasses.replace(models[main], trained=False, stored=stored)
   return models | {main: base, ADAPTER: Role(base.config, adapter=adapter)}
 

@@ -17,7 +17,7 @@ from compression.quantise import METHODS, quantised
 from data import tokenizers
 from evaluation import library
 from model import params, transformer
-from model.weights.scheme import parsed, rule_of
+from model.weights.scheme import parsed, rule_of, stored as in_codes
 from parallel.mesh import MeshConfig, make_mesh
 from workdir.calibrated import Calibration, rows as rows_of
 from workdir.checkpoint import Checkpoints
@@ -39,7 +39,8 @@ def entries(
   """Of model.execution.stored, for a run: LOW of some kinds of matrices, HIGH of the others.
 
   name: of the checkpoint. method: of compression.quantise.
-  Raises ValueError where HIGH of all costs more than the bound lets.
+  Raises ValueError where HIGH of all costs more than the bound lets, and NotImplementedError as
+  compression.bounded.check.
   """
   workdir, config = pathlib.Path(workdir), config_of(workdir)
   if method not in METHODS:
@@ -51,10 +52,12 @@ def entries(
     raise ValueError(
       f'{workdir} holds an adapter, or is in codes already: quantise the run that it was made of'
     )
+  bounded.check(config.model)
   checkpoints, tokenizer = Checkpoints(workdir), tokenizers.load(workdir / 'tokenizer')
   mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
+    kinds = _in_low(target, log)
     model = checkpoints.model(target, step_of(checkpoints, name))
     given = calibration or Calibration()
     batches, _ = rows_of(workdir, config, name, tokenizer, given, log)
@@ -67,10 +70,10 @@ def entries(
       return jax.jit(functools.partial(quantised, entries=stored(low), method=method))(model)
 
     alone = {}
-    for kind, size in _kinds(model).items():
+    for kind, size in kinds.items():
       cost = costs[0](make([kind]))
       log(f'{LOW} of {kind} alone, of {size:,} numbers: {bound.said(cost)}, on calibration')
-      alone[kind] = cost / size
+      alone[kind] = math.inf if math.isnan(cost) else cost / size  # NaN has no place in an order
     order = sorted(alone, key=alone.get)
 
     def said(number):
@@ -92,6 +95,22 @@ def costs_of(model, batches, tokenizer, bound: QualityBound) -> list[Callable[[A
   held_out = bounded.rows_of([ids for ids in texts if len(ids) > 1], rows, length)
   vocabulary = min(tokenizer.vocabulary, model.config.V)
   return [bounded.cost_on(model, each, bound, vocabulary) for each in (batches, held_out)]
+
+
+def _in_low(model, log: Log) -> dict[str, int]:
+  """Numbers of each kind of matrix in layers that LOW fits, and a line about each other one.
+
+  model: may be abstract.
+  """
+  kinds = {}
+  for kind, size in _kinds(model).items():
+    try:
+      jax.eval_shape(functools.partial(in_codes, entries=[f'*.{kind}={LOW}']), model)
+    except ValueError as error:
+      log(f'{kind} stays {HIGH}: {error}')
+    else:
+      kinds[kind] = size
+  return kinds
 
 
 def _kinds(model) -> dict[str, int]:

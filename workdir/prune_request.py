@@ -3,6 +3,9 @@
 import argparse
 import dataclasses
 import functools
+from collections.abc import Mapping
+
+from flax import nnx
 
 import names
 from compression import bounded, structured
@@ -87,9 +90,24 @@ class PruneRequest:
 
   def goes(self, name: str, p) -> bool:
     """Whether numbers of a parameter go: it is a matrix of a block, and no router."""
-    entries = [*(f'{pattern}=keep' for pattern in self.keep), f'{BLOCKS}=1:2']
-    rule = rule_of(name, p, parsed(entries))
+    rule = rule_of(name, p, self._rules)
     return rule is not None and bool(rule[1].sparse)
+
+  def check_keep(self, named: Mapping[str, nnx.Param]) -> None:
+    """Raises ValueError for a pattern of `keep` that keeps no matrix of a model's parameters."""
+    rules = [rule_of(name, p, self._rules) for name, p in named.items()]
+    holds = {rule[0] for rule in rules if rule}
+    for pattern in self.keep:
+      if pattern not in holds:
+        raise ValueError(
+          f'--keep={pattern} holds of no matrix: none has such a name (routers, norms, biases and '
+          'tables stay as they are), or patterns before it match first; mend it, or leave it out'
+        )
+
+  @functools.cached_property
+  def _rules(self):
+    entries = [*(f'{pattern}=keep' for pattern in self.keep), f'{BLOCKS}=1:2']
+    return parsed(entries)
 
 
 def take_options(made: argparse.ArgumentParser) -> None:

@@ -41,6 +41,7 @@ from workdir.untrained import write_run
 
 Log = Callable[[str], Any]
 MOST = 95  # percent of the numbers that may go
+INSTEAD = '--method=magnitude'
 
 
 def prune(
@@ -77,11 +78,15 @@ def prune(
     raise ValueError(
       '--method=magnitude looks at no text: leave out what says of which, or use wanda or sparsegpt'
     )
+  if asked.bound:
+    bounded.check(config.model)
   small = small_config(config.model, asked)
   mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
-    jax.eval_shape(functools.partial(_packed, asked=asked), target)  # said before anything is read
+    # What does not fit is said before anything is read.
+    asked.check_keep(params.by_name(target))
+    jax.eval_shape(functools.partial(_packed, asked=asked), target)
     facts, batches, kept = dataclasses.asdict(asked), [], None
     if asked.calibrated:
       tokenizer = tokenizers.load(workdir / 'tokenizer')
@@ -152,6 +157,7 @@ def thinned(
       walk.by_matrix(functools.partial(_change, asked)),
       asked.goes,
       asked.method == 'sparsegpt',
+      instead=INSTEAD,
     )
     for line in expected(model, batches, change):
       log(line)
@@ -225,7 +231,7 @@ def cut(
   elif narrower:
     make = functools.partial(structured.without, config=config, small=small)
     read_by = ('attention.o', 'feed_forward.down')
-    change = walk.LayerChange(make, lambda name, p: name.endswith(read_by), False)
+    change = walk.LayerChange(make, lambda name, p: name.endswith(read_by), False, INSTEAD)
     model = walk.walk(model, batches, change, log, kept and kept(asked))
   return structured.joined(model, small, layers, mesh)
 

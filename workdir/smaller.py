@@ -75,6 +75,11 @@ def _quantise(options) -> None:
   calibration = names.imported('workdir.calibrated.from_options')(options)
   if bool(entries) == bool(bound):
     raise ValueError('give --scheme=int4:group=64, or --store=PATTERN=SCHEME, or a bound: --max_kl')
+  if bound and options.act_order:
+    raise ValueError(
+      '--act_order is of --method=gptq, by which no bound is searched; leave it out, or give '
+      '--scheme'
+    )
   if bound:
     find = names.imported('workdir.bounded_codes.entries')
     entries = find(options.workdir, options.checkpoint, options.method, bound, calibration, _log)

@@ -4,7 +4,11 @@ along the inputs.
 GPTQ packs along the inputs, AWQ along the outputs, eight of them in the order 0, 2, 4, 6, 1, 3, 5,
 7. GPTQ's zero points are one less than meant in its first version and not in the second, and both
 are called "gptq": so they are judged by their values. Those of a symmetric file are all one number;
-others have the version by which the matrices' mean is nearer to 0.
+others have the version by which codes are nearer to their zero points.
+
+The first version takes 1 from all codes of a word at once, as one number: of a zero point of 0 it
+borrows from the code after it. What was taken is therefore added to the word, before it is
+unpacked. In 3 bits GPTQModel takes other numbers, and files before it each code by itself.
 """
 
 import numpy as np
@@ -22,6 +26,14 @@ from model.quantised_files.coded import (
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of AWQ: which of eight columns each nibble holds, lowest first
 SAMPLED = 4  # matrices whose mean decides about the version
 CERTAIN = 4  # standard errors
+V2, V1, V1_WORDS = range(3)  # how zero points are stored; V1_WORDS: of 3 bits, as GPTQModel does
+# Taken from words of v1: of 3 bits from the first, second and third of every three.
+TAKEN = {
+  2: (0x55555555,),
+  3: (0x24924924, 0x92492492, 0x49249249),
+  4: (0x11111111,),
+  8: (0x01010101,),
+}
 
 
 def gptq(settings: dict, found: Found) -> None:
@@ -31,9 +43,9 @@ def gptq(settings: dict, found: Found) -> None:
   matrices = [_Packed(module, settings, found) for module, _ in found.ending('qweight')]
   if not matrices:
     return
-  less = _less(matrices, settings, found)
+  version = _version(matrices, settings, found)
   for matrix in matrices:
-    matrix.take(less)
+    matrix.take(version)
 
 
 class _Packed:
@@ -67,10 +79,15 @@ class _Packed:
     )
     found.used |= {name, f'{module}.scales', index}
 
-  def raw_zeros(self) -> np.ndarray:
-    """Zero points [groups, outputs] as they are stored, less the middle of the codes."""
-    raw = unpacked(self.zeros(0, self.groups), self.bits)[:, : self.shape[0]]
-    return raw.astype(np.int32) - 2 ** (self.bits - 1)
+  def zeros_as(self, version: int) -> np.ndarray:
+    """Zero points [groups, outputs] that a version means, less the middle of the codes."""
+    words = np.ascontiguousarray(self.zeros(0, self.groups)).view(np.uint32)
+    if version == V1_WORDS or (version == V1 and self.bits != 3):
+      words = words + np.resize(np.uint32(TAKEN[self.bits]), words.shape[1])
+    codes = unpacked(words, self.bits)[:, : self.shape[0]].astype(np.int32)
+    if version == V1 and self.bits == 3:
+      codes = (codes + 1) % 8
+    return codes - 2 ** (self.bits - 1)
 
   def codes(self, start: int, stop: int) -> np.ndarray:
     words = self.found.whole(f'{self.module}.qweight')[:, start:stop].T
@@ -91,14 +108,14 @@ class _Packed:
       )
     return index
 
-  def above(self) -> np.ndarray:
-    """Codes of some rows less zero points as they are stored."""
+  def above(self, version: int) -> np.ndarray:
+    """Codes of some rows less zero points as a version means them."""
     rows = min(self.shape[0], 256)
     codes = self.codes(0, rows).astype(np.float32)
-    return (codes - self.raw_zeros()[self.index(), :rows].T).ravel()
+    return (codes - self.zeros_as(version)[self.index(), :rows].T).ravel()
 
-  def take(self, less: int) -> None:
-    """less: than meant, what zero points are stored as."""
+  def take(self, version: int) -> None:
+    """version: of all zero points of the file."""
     index, groups, found = self.index(), self.groups, self.found
     size = self.shape[1] // groups
     plain = np.array_equal(index, np.arange(self.shape[1]) // size)
@@ -111,7 +128,7 @@ class _Packed:
       return table(lambda: found.whole(f'{self.module}.scales'), start, stop)
 
     def zeros(start, stop):
-      return table(lambda: self.raw_zeros() + less, start, stop)
+      return table(lambda: self.zeros_as(version), start, stop)
 
     found.take(
       f'{self.module}.weight',
@@ -122,35 +139,55 @@ class _Packed:
         (1, size if plain else 1),
         self.codes,
         scales,
-        zeros if (self.raw_zeros() + less).any() else None,
+        zeros if self.zeros_as(version).any() else None,
         why='' if plain else 'g_idx puts its inputs in groups out of order (desc_act)',
       ),
     )
 
 
-def _less(matrices: list[_Packed], settings: dict, found: Found) -> int:
-  """How much less than meant zero points are stored as: 1, or 0 in the second version."""
+def _version(matrices: list[_Packed], settings: dict, found: Found) -> int:
+  """As which version zero points are stored."""
   said = settings.get('checkpoint_format') or 'gptq'
-  stored = {int(value) for matrix in matrices for value in np.unique(matrix.raw_zeros())}
-  if len(stored) == 1 and stored <= {-1, 0}:
-    less = -stored.pop()
-  else:
-    above = np.concatenate([matrix.above() for matrix in matrices[:SAMPLED]])
-    away, error = above.mean(), above.std() / len(above) ** 0.5
-    less = round(away)
-    if less not in (0, 1) or abs(away - less) + CERTAIN * error > 0.5:
-      less = int(said != 'gptq_v2')
-      found.note(
-        f'NOTE: zero points are read as those of {said}, as config.json says: by the values they '
-        f'could be of either version (codes lie {away:.2f} steps above them in the mean, give or '
-        f'take {error:.2f}; 0 is v2, 1 is v1)'
-      )
-  if (said == 'gptq_v2') == bool(less):
+  possible = [V2, V1, V1_WORDS] if any(matrix.bits == 3 for matrix in matrices) else [V2, V1]
+  symmetric = [
+    version
+    for version in possible
+    if not any(matrix.zeros_as(version).any() for matrix in matrices)
+  ]
+  version = symmetric[0] if symmetric else _nearest(matrices, possible, said, found)
+  if version == V1_WORDS:
+    found.note('NOTE: zero points of 3 bits are read as GPTQModel stores them, word by word')
+  if (said == 'gptq_v2') == (version != V2):
     found.note(
       f'NOTE: config.json calls zero points those of {said}, and by their values they are stored '
-      f'{"less 1 (v1)" if less else "as they are (v2)"}: so they are read'
+      f'{"as they are (v2)" if version == V2 else "less 1 (v1)"}: so they are read'
     )
-  return less
+  return version
+
+
+def _nearest(matrices: list[_Packed], possible: list[int], said: str, found: Found) -> int:
+  """The version by which codes of some matrices are nearest to their zero points, in squares, where
+  they lie around them in the mean.
+
+  Squares, because a zero point of 0 that is read as the highest code takes as much from the mean as
+  many that are read one too low add to it.
+  """
+  squares, away = {}, {}
+  for version in possible:
+    above = np.concatenate([matrix.above(version) for matrix in matrices[:SAMPLED]])
+    squares[version] = np.square(above).mean()
+    away[version] = above.mean(), above.std() / len(above) ** 0.5
+  version = min(possible, key=squares.get)
+  mean, error = away[version]
+  if abs(mean) + CERTAIN * error <= 0.5:
+    return version
+  mean, error = away[V2]
+  found.note(
+    f'NOTE: zero points are read as those of {said}, as config.json says: by the values they could '
+    f'be of either version (codes lie {mean:.2f} steps above them in the mean, give or take '
+    f'{error:.2f}; 0 is v2, 1 is v1)'
+  )
+  return V2 if said == 'gptq_v2' else V1
 
 
 def awq(settings: dict, found: Found) -> None:

@@ -2,6 +2,7 @@
 
 Scales stay f32, so that a reader has the same numbers. A matrix is written as its scheme has it:
 int4, and int8 in groups, packed in int32; int8 and fp8 of an output, a matrix or squares in bytes.
+Of :activations a reader is told to round tokens, each by a scale of its own, as they come.
 """
 
 import collections
@@ -18,6 +19,7 @@ from model.families.layout import Layout
 from model.quantised_files.coded import blocked, packed
 from model.stream import Region, fetch
 from model.weights import Weight, read
+from model.weights.activated import Activated
 from model.weights.grids import GRIDS, unpacked
 from model.weights.int8 import Int8
 from model.weights.scheme import Scheme, parsed, rule_of
@@ -72,9 +74,9 @@ def outgoing(
     schemes = {rule_of(share.leaf, params[share.leaf], rules)[1] for share in shares}
     if len(schemes) > 1:
       raise _refused(name, 'is of parts in several schemes')
-    weights = [(share, read(params[share.leaf])) for share in shares]
+    weights = [(share, _below(read(params[share.leaf]))) for share in shares]
     matrix = _Matrix(name, weights, schemes.pop(), limit)
-    groups[matrix.format, tuple(matrix.settings.items())].append(module)
+    groups[matrix.format, tuple(matrix.settings.items()), matrix.tokens].append(module)
     instead.add(name)
     tensors |= matrix.tensors(module)
   if not groups:
@@ -86,16 +88,26 @@ def outgoing(
   return Outgoing(tensors, frozenset(instead), _settings(groups, plain))
 
 
+def _below(weight: Weight) -> Weight:
+  """Its codes, where tokens become codes, too."""
+  return weight.base if isinstance(weight, Activated) else weight
+
+
 def _settings(groups: dict, plain: list[str]) -> dict:
-  """quantization_config. groups: (format, settings of weights) -> modules."""
-  single = len(groups) == 1
+  """quantization_config. groups: (format, settings of weights, whether tokens are rounded) ->
+  modules.
+  """
+  single, every = len(groups) == 1, {*plain}.union(*groups.values())
   made = {}
-  for i, ((form, weights), modules) in enumerate(groups.items()):
-    patterns = {re.sub(r'\d+', r'\\d+', re.escape(module)) for module in modules}
+  for i, ((form, weights, tokens), modules) in enumerate(groups.items()):
+    activations = None
+    if tokens:
+      kind = {'num_bits': 8, 'type': dict(weights)['type'], 'symmetric': True}
+      activations = kind | {'strategy': 'token', 'dynamic': True}
     made[f'group_{i}'] = {
-      'targets': ['Linear'] if single else [f're:^{pattern}$' for pattern in sorted(patterns)],
+      'targets': ['Linear'] if single else _targets(modules, every - {*modules}),
       'weights': dict(weights),
-      'input_activations': None,
+      'input_activations': activations,
       'output_activations': None,
       'format': form,
     }
@@ -109,6 +121,22 @@ def _settings(groups: dict, plain: list[str]) -> dict:
   }
 
 
+def _targets(modules: list[str], others: set[str]) -> list[str]:
+  """Of modules that differ in numbers only, a pattern, where it matches none of the others; else
+  their names.
+  """
+  alike = collections.defaultdict(list)
+  for module in modules:
+    alike[re.sub(r'\d+', r'\\d+', re.escape(module))].append(module)
+  targets = []
+  for pattern, same in sorted(alike.items()):
+    whole = re.compile(f'{pattern}$')
+    # Layers may differ in their schemes, and then numbers tell them apart.
+    apart = any(whole.match(other) for other in others)
+    targets += sorted(same) if apart else [f're:^{pattern}$']
+  return targets
+
+
 class _Matrix:
   """A tensor whose shares lie in codes of one scheme."""
 
@@ -116,9 +144,10 @@ class _Matrix:
     """shares: (share, weight) of each. limit: entries of a piece."""
     self.name, self.shares, self.limit, self.grid = name, shares, limit, scheme.grid
     self.shape = shares[0][0].layout.shape
-    if scheme.grid not in BITS:
+    if scheme.grid not in BITS or scheme.sparse or scheme.double:
       raise _refused(name, f'lies in {scheme}, of which it has no form that is written')
     self.zeros, self.bits = not scheme.symmetric, BITS[scheme.grid]
+    self.tokens = scheme.activations
     kind = {'num_bits': self.bits, 'type': 'float' if scheme.grid == 'fp8' else 'int'}
     self.settings = kind | {'symmetric': scheme.symmetric, 'dynamic': False}
     if scheme.tensor:

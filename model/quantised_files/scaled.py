@@ -38,11 +38,15 @@ def fp8(settings: dict, found: Found) -> None:
     if scale not in found.files.tensors:
       scale = f'{module}.weight_scale'
     found.used |= {f'{module}.input_scale', f'{module}.activation_scale'} & {*found.files.tensors}
-    size = math.prod(found.place(scale, FLOATS, name).shape)
-    if block and size not in (1, shape[0]):
-      blocks = block
+    scales = found.place(scale, FLOATS, name).shape
+    size = math.prod(scales)
+    # By their shape: there may be as many squares as outputs, and files that say a block may have
+    # some matrices with a scale for each output.
+    squares = block and (scales == blocked(shape, block) or size != shape[0])
+    if size == 1:
+      blocks = shape
     else:
-      blocks = shape if size == 1 else (1, shape[1])
+      blocks = block if squares else (1, shape[1])
     _take(name, name, shape, 'fp8', blocks, scale, found)
   if settings.get('activation_scheme'):
     found.note(_activations('fp8'))
@@ -124,12 +128,13 @@ def _take_module(module: str, weights: dict, found: Found) -> None:
   zero = f'{module}.weight_zero_point'
   wanted = not weights.get('symmetric', True)
   if not wanted and zero in files.tensors:
-    found.used.add(zero)  # zeros, which some writers keep
+    _check_zeros(zero, bits, blocked(shape, blocks)[0], found)
   order = f'{module}.weight_g_idx'
   index = None
   if order in files.tensors:
     index = found.shaped(order, ('I32', 'I64'), (shape[1],), of=name)(0, shape[1])
-    if np.array_equal(index, np.arange(shape[1]) // blocks[1]):
+    # -1 is what compressed-tensors begins with: no order was found.
+    if (index == -1).all() or np.array_equal(index, np.arange(shape[1]) // blocks[1]):
       index = None
   _take(
     f'{module}.weight',
@@ -143,6 +148,23 @@ def _take_module(module: str, weights: dict, found: Found) -> None:
     zero=zero if wanted else '',
     index=index,
   )
+
+
+def _check_zeros(name: str, bits: int, rows: int, found: Found) -> None:
+  """Zero points of a group that is symmetric, as some writers keep them, in words or not.
+
+  Raises ValueError where one is not 0.
+  """
+  shape = found.files.tensors[name].shape
+  x = found.files.read(name, 0, shape[0] if shape else 1)
+  middle = 2 ** (bits - 1)
+  in_words = x.dtype == np.int32 and x.ndim == 2 and (unpacked(x.T, bits)[:, :rows] == middle).all()
+  if x.any() and not in_words:
+    raise ValueError(
+      f'{found.files.directory}: {name} has zero points that are not 0, and config.json says '
+      'symmetric=true of its group; make that false where they are meant, or leave the tensor out'
+    )
+  found.used.add(name)
 
 
 def _packed_shape(module: str, bits: int, found: Found) -> tuple[int, int]:

@@ -107,11 +107,10 @@ class Codes(Weight):
     return self._map(lambda x, axes: gathered_here(x, axes, shards))
 
   def cut(self, axis, pieces):
-    if (
-      self.scale.shape[axis] % pieces
-      and self.scale.shape[axis] > 1
-      or (GRIDS[self.grid].packed and axis == self.packs and self.scale.shape[axis] == 1)
-    ):
+    count = self.scale.shape[axis]
+    # Pieces of one block share its scale, but not its bytes: each holds a code of both halves.
+    one_block = count == 1 and GRIDS[self.grid].packed and axis == self.packs
+    if pieces > 1 and (one_block or (count > 1 and count % pieces)):
       raise ValueError(
         f'{self.grid} in blocks of {self.blocks[axis]} is not cut into {pieces} pieces of '
         f'{self.shape[axis] // pieces}; use smaller groups'

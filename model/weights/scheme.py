@@ -110,6 +110,11 @@ class Scheme:
         f'{self.grid}:asymmetric: only int8 and int4 have a zero point; leave it out'
       )
 
+    if self.double and self.grid == 'mxfp4':
+      raise ValueError(
+        'mxfp4:double: its scales are powers of two, which codes of scales are not; leave :double '
+        'out, or use nf4:group=32:double'
+      )
     if self.double and not size:
       raise ValueError(
         f'{self.grid}:double: scales of groups are many enough to be in codes; use '
@@ -278,6 +283,27 @@ def everywhere(text: str) -> Callable:
   if Scheme.parse(text) == Scheme('int8'):
     return int8.in_bytes
   return functools.partial(stored, entries=(f'*={text}', 'head*=int8'))
+
+
+def check_asked(config: ModelConfig, text: str) -> None:
+  """Raises ValueError for a text that is no scheme, and for another one than that in which a model
+  of this config is stored: codes stay as they are. text: as of `everywhere`; '': none.
+  """
+  if not text:
+    return
+  asked = Scheme.parse(text)
+  # A head is in bytes whatever the scheme, unless it was stored in codes of its own.
+  in_codes = {
+    scheme
+    for pattern, scheme in parsed(config.execution.stored)
+    if scheme != Scheme('keep') and not pattern.startswith('head')
+  }
+  if in_codes - {asked}:
+    raise ValueError(
+      f'weights={text!r} of a model that is stored in {", ".join(config.execution.stored)}: its '
+      'codes stay as they are; leave it out (--weights, adapter.base), or name the run in numbers '
+      'that this one was made of'
+    )
 
 
 def dequantised(model):

@@ -2,7 +2,9 @@
 refused?
 """
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +13,25 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings, strategies as st
 
+from analysis import modes
 from compression.quantise import METHODS, quantised, streamed
+from data.config import DataConfig
+from data.tokenizers import ByteTokenizer
+from decode.generating import generating_model
+from decode.loaded import LoadedModel
 from model import params, transformer
+from model.adaptation import AdapterConfig
 from model.config import ModelConfig
 from model.weights import Weight, read
 from model.weights.codes import Codes, blocks_of
 from model.weights.doubled import Doubled
 from model.weights.grids import GRIDS, TABLES, packed, unpacked
-from model.weights.scheme import Scheme, parsed, rule_of, stored
+from model.weights.scheme import Scheme, check_asked, parsed, rule_of, stored
 from parallel.mesh import MeshConfig, make_mesh
 from tests.model import laws
 from tests.model.test_weights import config_of, everything
+from training import state as states
+from training.config import Config
 
 SCHEMES = (
   'int8:group=2',
@@ -97,6 +107,22 @@ def test_no_number_is_further_than_half_a_step(grid, group, symmetric, seed, siz
   np.testing.assert_allclose(error, best, atol=2e-6 * np.abs(x).max())
   if grid.startswith('int'):
     assert (error <= scale * 0.5 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize('scheme', ['int4:group=64', 'nf4:group=64', 'mxfp4:group=64'])
+def test_one_group_may_be_all_inputs(one_device, scheme):
+  """Few rows and many, on a CPU alone, which takes a part of the inputs at a time."""
+  draw = np.random.default_rng(0)
+  made = Scheme.parse(scheme).of(jnp.asarray(draw.normal(size=(64, 6))), (-2,), (None, None))
+  numbers = np.asarray(made.numbers('float32'), np.float64)
+  run = jax.jit(lambda x, w: w.product('BD,DF->BF', x, 'float32'))
+  for rows in (1, 40):
+    x = draw.normal(size=(rows, 64)).astype(np.float32)
+    # Few rows of int4 go by two digits of a byte.
+    bound = np.abs(x).max() / (2 * 127 * 128) * np.abs(numbers).sum(0).max() + 1e-5
+    np.testing.assert_allclose(run(x, made), x @ numbers, rtol=0, atol=bound)
+  with pytest.raises(ValueError, match='is not cut into 2 pieces of 32; use smaller groups'):
+    made.cut(-2, 2)
 
 
 def test_scales_in_codes_are_near_to_what_they_were():
@@ -245,6 +271,8 @@ def test_a_tied_head_gets_codes_of_its_own_and_the_table_stays(one_device):
     ('nf4:group=64:asymmetric', 'only int8 and int4 have a zero point'),
     ('fp8:tensor:block=64', 'one of them'),
     ('fp8:double', 'use fp8:group=64:double'),
+    ('mxfp4:group=32:double', 'scales are powers of two.*leave :double out'),
+    ('2:4+mxfp4:double', 'scales are powers of two.*leave :double out'),
   ],
 )
 def test_schemes_that_mean_nothing(text, words):
@@ -269,6 +297,40 @@ def test_schemes_that_mean_nothing(text, words):
 )
 def test_a_scheme_is_written_as_it_is_read(text):
   assert str(Scheme.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+  'stored_, asked',
+  [
+    (('*=int4:group=4',), 'int8'),
+    (('*.down=keep', '*.q=int8', '*=int4:group=4'), 'int4:group=4'),
+    (('*=2:4',), '2:4+int8'),
+  ],
+)
+def test_codes_are_not_put_in_other_codes(stored_, asked, one_device):
+  """At every door: what generates, a Generator, a plan, and an adapter's frozen base."""
+  config = ModelConfig(**laws.TINY).with_execution(stored=stored_)
+  words = f"weights='{re.escape(asked)}' of a model that is stored in .*; leave it out"
+  run = Config(model=config, data=DataConfig(sequence_length=16))
+  model = jax.eval_shape(lambda: transformer.init(config, 0))
+  with pytest.raises(ValueError, match=words):
+    jax.eval_shape(lambda: generating_model(model, asked))
+  with pytest.raises(ValueError, match=words):
+    LoadedModel(model, ByteTokenizer(), one_device, asked)
+  with pytest.raises(ValueError, match=words):
+    modes.lower(run, one_device, 'decode', 1, 8, asked)
+  adapted = dataclasses.replace(run, adapter=AdapterConfig(kind='lora', base=asked), init='base')
+  with pytest.raises(ValueError, match=words):
+    states.roles(adapted)
+
+
+def test_the_scheme_that_a_model_is_stored_in_may_be_asked_for(one_device):
+  config = ModelConfig(**laws.TINY).with_execution(stored=('*.down=keep', '*=int4:group=4'))
+  for asked in ('int4:group=4', ''):
+    check_asked(config, asked)
+  made = jax.eval_shape(lambda: generating_model(transformer.init(config, 0), 'int4:group=4'))
+  down = read(params.by_name(made)['stack.blocks.0.feed_forward.down'])
+  assert isinstance(down, Codes) and down.grid == 'int4'  # what was kept is what is left to ask for
 
 
 def test_what_does_not_fit_is_said(one_device):

@@ -294,6 +294,16 @@ def test_divergences_of_close_laws_are_not_negative(step):
     assert (value >= 0).all() and value.max() < 1
 
 
+def test_a_law_of_nan_diverges_by_nan():
+  """Not by 0, which XLA of a CPU takes for the larger of both where it adds many up."""
+  draw = np.random.default_rng(0)
+  hidden, head = (draw.normal(size=shape).astype(np.float32) for shape in ((1, 8, 16), (1000, 16)))
+  laws = Law(hidden, head), Law(np.where(np.arange(8)[:, None] == 0, np.nan, hidden), head)
+  for p, q in (laws, laws[::-1]):
+    apart = KL(*jax.tree.map(jnp.float32, (p, q)), jnp.ones((1, 8)))
+    assert np.isnan(apart[0, 0]) and (apart[0, 1:] == 0).all()
+
+
 def test_entropy_of_the_uniform_law_is_that_of_its_ids():
   p, _, _, weights, _ = inputs(V=13)
   for limit, ids in ((0, 13), (5, 5)):

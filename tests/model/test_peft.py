@@ -76,6 +76,24 @@ def test_the_product_there_is_the_product_here(written):
   np.testing.assert_allclose(theirs('lm_head'), head['a'] @ head['b'], rtol=1e-5, atol=1e-6)
 
 
+def test_rows_that_are_no_ids_stay_here(tmp_path):
+  """Of a table with more rows than there are ids: there it has as many as ids, and comes back with
+  zeros behind them.
+  """
+  padded = dataclasses.replace(NETWORK, vocabulary_multiple=64)
+  draw = np.random.default_rng(0)
+  part = {'a': np.float32(draw.normal(size=(64, 3))), 'b': np.float32(draw.normal(size=(3, 16)))}
+  config = dataclasses.replace(CONFIG, targets=('head.tokens',))
+  peft.write(tmp_path, {'head.tokens': part}, config, padded, LLAMA)
+  name = f'{peft.PREFIX}lm_head.lora_B.weight'
+  assert TensorFiles(tmp_path, peft.TENSORS).tensors[name].shape == (32, 3)
+  expected = np.concatenate([part['a'][:32], np.zeros((32, 3), np.float32)])
+  for network, a in ((padded, expected), (NETWORK, part['a'][:32])):
+    found = peft.read(tmp_path, network, LLAMA)[1]['head.tokens']
+    np.testing.assert_array_equal(found['a'], a)
+    np.testing.assert_array_equal(found['b'], part['b'])
+
+
 def test_short_names_only_where_they_mean_the_same(written, tmp_path):
   settings = json.loads((written / peft.SETTINGS).read_text())
   assert sorted(settings['target_modules']) == ['down_proj', 'lm_head', 'o_proj', 'q_proj']

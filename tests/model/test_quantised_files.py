@@ -2,6 +2,7 @@
 is one that is damaged named?
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -13,10 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model import checkpoint, families
+from model import checkpoint, families, transformer
+from model.config import ModelConfig
 from model.params import by_name, named_leaves
 from model.quantised_files import KEY, QuantisedTensors, coded as coding
 from model.quantised_files.fitted import fitted
+from model.quantised_files.outgoing import outgoing
 from model.tensorfiles import TensorFiles
 from model.weights import read
 from parallel.mesh import MeshConfig, make_mesh
@@ -344,6 +347,66 @@ def test_gptq_by_hand(tmp_path):
   assert found == [[-8, -7, -6, -5, -4, -3, -2, -1], [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]]
 
 
+@pytest.mark.parametrize(
+  'bits, stored',
+  [
+    (2, [0xFFFFFFFE - 0x55555555]),  # zero points 2, 3, 3, ..
+    (4, [0x0F8100F0 - 0x11111111 + 2**32]),  # 0, 15, 0, 0, 1, 8, 15, 0
+    (8, [0x00FF0100 - 0x01010101 + 2**32]),  # 0, 1, 255, 0
+    (3, [0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF]),  # each by itself: 7 + 1 is 0
+    # As GPTQModel stores a zero point of 4 for each: words of 4s less 0x24924924, 0x92492492, and
+    # 0x49249249.
+    (3, [0, 0xB6DB6DB7, 0x49249249]),
+  ],
+)
+def test_gptq_zero_points_of_0(bits, stored, tmp_path):
+  """v1 takes 1 from all zero points of a word at once: what one of 0 borrowed is given back."""
+  meant = {
+    2: [2] + [3] * 15,
+    4: [0, 15, 0, 0, 1, 8, 15, 0],
+    8: [0, 1, 255, 0],
+    3: [4] * 32 if stored[0] == 0 else [0] * 32,
+  }[bits]
+  words = bits  # 32 inputs of an output, all of code 1
+  tensors = {
+    'a.qweight': np.tile(files.packed(np.ones((1, 32), int), bits).T, (1, len(meant))),
+    'a.qzeros': np.uint32([stored]).view(np.int32),
+    'a.scales': np.ones((1, len(meant)), np.float16),
+  }
+  assert tensors['a.qweight'].shape == (words, len(meant))
+  settings = {'quant_method': 'gptq', 'bits': bits, 'group_size': 32}
+  assert read_one(tmp_path, settings, tensors) == [[1 - zero] * 32 for zero in meant]
+
+
+@pytest.mark.parametrize('version', [1, 2])
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+def test_gptq_versions_where_zero_points_reach_the_ends(bits, version, tmp_path):
+  """Groups that are all above 0, or all below, say nothing about the version; the others do."""
+  x = np.random.default_rng(0).normal(size=(128, 64))
+  x[::8, :32], x[3::8, 32:] = np.abs(x[::8, :32]), -np.abs(x[3::8, 32:])
+  label = 'gptq' if version == 2 else 'gptq_v2'
+  write, settings = files.gptq(bits, symmetric=False, version=version, label=label)
+  tensors, numbers = write('a', x)
+  zeros = files.rounded(x, bits, 32, False)[2]
+  assert zeros.min() == 0 and zeros.max() == 2**bits - 1
+  if bits == 3 and version == 1:  # files of 3 bits take it from each code by itself
+    tensors['a.qzeros'] = files.packed((zeros.T - 1) % 8, 3)
+  if bits == 8:  # whose codes are too many for a mean of so few to be certain
+    settings['checkpoint_format'] = label = 'gptq' if version == 1 else 'gptq_v2'
+  found = read_one(tmp_path, settings, tensors)
+  np.testing.assert_allclose(found, numbers, rtol=1e-6)
+
+
+def test_gptq_of_3_bits_in_the_words_of_gptqmodel(tmp_path):
+  """Zero points are those that its loader makes: it adds other numbers than ones to the words."""
+  x = np.random.default_rng(0).normal(size=(64, 64))
+  write, settings = files.gptq(3, symmetric=False, version=2, label='gptq')
+  tensors, numbers = write('a', x)
+  taken = np.uint32([0x24924924, 0x92492492, 0x49249249] * 2)
+  tensors['a.qzeros'] = (tensors['a.qzeros'].view(np.uint32) - taken).view(np.int32)
+  np.testing.assert_allclose(read_one(tmp_path, settings, tensors), numbers, rtol=1e-6)
+
+
 def test_awq_by_hand(tmp_path):
   """Outputs 0 to 7 of an input are 0x75316420; so are zero points, less nothing."""
   word = np.int32([[0x75316420], [0x75316420]])
@@ -383,6 +446,122 @@ def test_fp8_by_hand(tmp_path):
   tensors = {'a.weight': codes, 'a.weight_scale_inv': np.float32([[0.5, 3]])}
   settings = {'quant_method': 'fp8', 'weight_block_size': [2, 2]}
   assert read_one(tmp_path, settings, tensors) == [[224, -0.5, 3]]
+
+
+def test_as_many_squares_of_fp8_as_outputs(tmp_path):
+  """As DeepSeek-V3's o_proj, of [7168, 16384] in squares of 128; and a scale for each output of a
+  file that says a block.
+  """
+  settings = {'quant_method': 'fp8', 'weight_block_size': [2, 2]}
+  ones = np.ones((8, 4), ml_dtypes.float8_e4m3fn)
+  scales = np.float32([[1, 2], [3, 4], [5, 6], [7, 8]])
+  squares = {'a.weight': ones, 'a.weight_scale_inv': scales}
+  expected = np.repeat(np.repeat(scales, 2, 0), 2, 1).tolist()
+  assert read_one(tmp_path, settings, squares) == expected
+  rows = {'a.weight': ones, 'a.weight_scale_inv': np.arange(8, dtype=np.float32)[:, None]}
+  assert read_one(tmp_path, settings, rows) == [[n] * 4 for n in range(8)]
+
+
+def test_zero_points_of_a_symmetric_group(tmp_path):
+  """Zeros are kept by some writers, as bytes or in words; others would be lost."""
+  weights = {'num_bits': 4, 'type': 'int', 'symmetric': True, 'group_size': 8}
+  settings = files.compressed('pack-quantized', weights)
+  matrix = {
+    'a.weight_packed': files.packed(np.arange(16).reshape(2, 8), 4),
+    'a.weight_scale': np.ones((2, 1), np.float32),
+    'a.weight_shape': np.int64([2, 8]),
+  }
+  expected = [[n - 8 for n in range(8)], [*range(8)]]
+  for zeros in (np.int8([[0], [0]]), files.packed(np.int32([[8, 8]]), 4)):
+    found = read_one(tmp_path, settings, matrix | {'a.weight_zero_point': zeros})
+    assert found == expected
+  for zeros in (np.int8([[0], [3]]), files.packed(np.int32([[8, 9]]), 4)):
+    with pytest.raises(ValueError, match='a.weight_zero_point has zero points that are not 0'):
+      read_one(tmp_path, settings, matrix | {'a.weight_zero_point': zeros})
+  order = {'a.weight_g_idx': np.int32([-1] * 8)}  # as compressed-tensors begins one
+  assert read_one(tmp_path, settings, matrix | order) == expected
+
+
+def going_out(config, *entries):
+  """What a model of this config in codes goes out as; nothing is computed."""
+  config = config.with_execution(stored=entries)
+  family, made = families.family_of(config), functools.partial(transformer.init, config, 0)
+  with jax.set_mesh(ours.MESH):
+    model = jax.eval_shape(made)
+  parts = checkpoint.parts_of(family, config)
+  return outgoing(by_name(model), entries, parts, {}, 2**20)
+
+
+NETWORK = ModelConfig(
+  vocabulary=64, width=64, layers=2, heads=2, feed_forward=64, norm_epsilon=1e-5, max_length=32
+)
+# Whose first layer and second one are parameters of their own.
+IN_TURN = dataclasses.replace(
+  NETWORK,
+  head_width=32,
+  norm_offset=True,
+  norm_placement='both',
+  window=8,
+  global_every=2,
+  activation='gelu',
+  embedding_scale=True,
+  tie_embeddings=True,
+  attention_softcap=50.0,
+  logit_softcap=30.0,
+)
+
+
+@pytest.mark.parametrize(
+  'entries, targets',
+  [
+    (
+      ['stack.blocks.0.*=int8', '*.attention.*=int4:group=32', '*.down=keep', '*=fp8'],
+      {r're:^model\.layers\.1\.self_attn\.q_proj$': None, 'model.layers.0.mlp.up_proj': 8},
+    ),
+    (
+      ['stack.blocks.0.*=int4:group=32', '*=int4:group=32:asymmetric'],
+      {'model.layers.0.mlp.up_proj': 4, 'model.layers.1.mlp.up_proj': 4},
+    ),
+    (
+      ['*.attention.*=int8', '*=int4:group=32'],
+      {r're:^model\.layers\.\d+\.mlp\.up_proj$': 4, 'model.layers.0.mlp.up_proj': None},
+    ),
+  ],
+)
+def test_a_target_is_of_one_scheme(entries, targets):
+  """A module has one group's targets, and one that is none of them has none."""
+  made = going_out(IN_TURN, *entries)
+  groups = made.settings['config_groups'].values()
+  named = {target: group['weights']['num_bits'] for group in groups for target in group['targets']}
+  for target, bits in targets.items():
+    assert named.get(target) == bits
+  matched = set()
+  for layer in (0, 1):
+    for module in ('self_attn.q_proj', 'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj'):
+      module = f'model.layers.{layer}.{module}'
+      those = [
+        target
+        for target in named
+        if target == module or (target[:3] == 're:' and re.match(target[3:], module))
+      ]
+      assert len(those) == (module not in made.settings['ignore']), (module, those)
+      matched.update(those)
+  assert len(matched) >= 3
+
+
+@pytest.mark.parametrize('scheme', ['2:4', '2:4+int8', 'int4:group=32:double', 'nf4:group=32'])
+def test_schemes_without_a_form_are_said(scheme):
+  with pytest.raises(ValueError, match=rf'lies in {re.escape(scheme)}, of which it has no form'):
+    going_out(NETWORK, f'*={scheme}')
+
+
+@pytest.mark.parametrize('scheme, kind', [('int8', 'int'), ('fp8', 'float')])
+def test_activations_go_out_as_tokens_that_are_rounded(scheme, kind):
+  made, plain = (going_out(NETWORK, f'*={scheme}{more}') for more in (':activations', ''))
+  (group,), (other,) = (x.settings['config_groups'].values() for x in (made, plain))
+  rounded = {'num_bits': 8, 'type': kind, 'symmetric': True, 'strategy': 'token', 'dynamic': True}
+  assert group.pop('input_activations') == rounded and other.pop('input_activations') is None
+  assert group == other and {*made.tensors} == {*plain.tensors}
 
 
 # What does not fit together.

@@ -519,6 +519,10 @@ def test_a_teacher_that_cannot_teach(tmp_path, teacher):
   encoder = written(tmp_path / 'encoder', None, causal=False)
   with pytest.raises(NotImplementedError, match='the teacher, objective.teacher=.*is an encoder'):
     check_models(distilling(encoder))
+  coded = tiny().model.with_execution(stored=('*=int8',))
+  with pytest.raises(ValueError, match=r"teacher_stored='int8'.*in codes already \(\*=int8\)"):
+    models = {'policy': tiny().model, 'teacher': coded}
+    Distil(teacher='t', teacher_stored='int8').accepts(models)
   longer = distilling(teacher, model={'max_length': 32}, data={'sequence_length': 32})
   with pytest.raises(ValueError, match='rows of 32 tokens.*max_length=16 of teacher'):
     longer.check_mesh(make_mesh(MeshConfig(), jax.devices()[:1]).shape)

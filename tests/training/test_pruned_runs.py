@@ -5,25 +5,36 @@ with its zeros, and finished after a kill?
 import dataclasses
 import json
 import shutil
+import types
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import convert
 from compression import bounded
 from compression.bounded import QualityBound
+from data.config import DataConfig
+from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
+from model import transformer
 from model.adaptation import AdapterConfig
+from model.config import ModelConfig
 from model.params import named_leaves
 from model.weights import read
 from model.weights.sparse import Sparse
 from parallel.mesh import MeshConfig
+from tests.model import laws
 from tests.training.conftest import assert_same, on, run_here
 from training import overrides
-from workdir import smaller
+from training.config import Config
+from workdir import bounded_codes, pruned, smaller
 from workdir.checkpoint import Checkpoints
 from workdir.open import open_run
+from workdir.prune_request import PruneRequest
+from workdir.untrained import write_run
 
 TEXTS = ['some words', 'other ones']
 
@@ -192,6 +203,48 @@ def test_a_bound_is_met_by_the_largest_number():
   assert over == 'perplexity +3.00% of +2.00%: too much'
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TableModel:
+  """Whose hidden state is a row of the table that scores it."""
+
+  table: Any
+
+  @property
+  def config(self):
+    return types.SimpleNamespace(logit_softcap=0.0)
+
+  def __call__(self, tokens, positions, segments):
+    return types.SimpleNamespace(hidden=self.table[tokens])
+
+  def scored(self, x):
+    return x, self.table
+
+
+@pytest.mark.parametrize(
+  'bound', [QualityBound('kl', 0.05), QualityBound('perplexity_increase', 9)]
+)
+def test_a_model_of_nan_is_within_no_bound(bound, one_device):
+  """Its cost is no number, and what is searched goes on below it, or says which try it was."""
+  model = TableModel(jnp.arange(2048.0).reshape(512, 4) / 2048)  # as many as a CPU vectorises
+  batches = bounded.rows_of([[1, 2, 3, 4, 5]], 1, 8)
+  cost = bounded.cost_on(model, batches, bound, 512)
+  broken = jax.tree.map(lambda x: x * np.nan, model)
+  assert cost(model) == 0 and np.isnan(cost(broken))
+  lines = []
+
+  def search(nan_from):
+    made = [model] * (nan_from - 1) + [broken] * (4 - nan_from)
+    return bounded.search(
+      lambda n: made[n - 1], [cost, cost], bound, 3, '{} parts'.format, lines.append
+    )
+
+  assert search(3)[0] == 2
+  assert f'3 parts: {bound.name} is NaN, no number: too much, on calibration' in lines
+  with pytest.raises(ValueError, match=f'keeps {bound.name} within .*; of 1 parts it is NaN'):
+    search(1)
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_as_many_bits_as_a_bound_asks(runs, monkeypatch):
@@ -226,3 +279,57 @@ def test_as_many_bits_as_a_bound_asks(runs, monkeypatch):
 def test_what_means_nothing_is_one_line(options, words):
   with pytest.raises(SystemExit, match=words):
     convert.main(['prune', '--workdir=nowhere', '--to=nowhere2', *options])
+
+
+def untrained(tmp_path, **sizes):
+  """The options that name a run of a small model, whose arrays are never read."""
+  model = ModelConfig(**laws.TINY | {'vocabulary': 300} | sizes)
+  config = Config(model=model, data=DataConfig(sequence_length=16))
+  ByteTokenizer().save(tmp_path / 'run' / 'tokenizer')
+  write_run(tmp_path / 'run', config, {'model': {'x': np.zeros(2)}}, lambda _: None)
+  return f'--workdir={tmp_path}/run', f'--to={tmp_path}/smaller'
+
+
+@pytest.mark.parametrize('scheme', ['--scheme=0.5', '--scheme=2:4', '--max_kl=0.1'])
+def test_a_pattern_that_keeps_nothing_is_said(scheme, tmp_path):
+  options = untrained(tmp_path)
+  with pytest.raises(SystemExit, match=r'--keep=\*.dwon holds of no matrix: none has such a name'):
+    convert.main(['prune', *options, scheme, '--keep=*.down', '--keep=*.dwon'])
+  assert not (tmp_path / 'smaller').exists()
+
+
+@pytest.mark.parametrize(
+  'sizes', [{'encoder_layers': 1, 'position': 'relative'}, {'causal': False}]
+)
+@pytest.mark.parametrize('command', ['prune', 'quantise'])
+def test_a_bound_is_of_decoders(command, sizes, tmp_path):
+  options = untrained(tmp_path, **sizes)
+  with pytest.raises(SystemExit, match='as by a decoder; give --scheme'):
+    convert.main([command, *options, '--max_kl=0.1'])
+
+
+def test_an_order_is_refused_before_a_bound_is_searched(tmp_path):
+  with pytest.raises(SystemExit, match='--act_order is of --method=gptq, by which no bound'):
+    convert.main(['quantise', *untrained(tmp_path), '--max_kl=0.1', '--act_order'])
+
+
+def test_what_4_bits_do_not_fit_stays_in_8(one_device):
+  """And is said; groups of 64 fill the 128 inputs of all but `down`, which has 96."""
+  config = ModelConfig(**laws.TINY | {'width': 128, 'feed_forward': 96})
+  lines, model = [], jax.eval_shape(lambda: transformer.init(config, 0))
+  kinds = bounded_codes._in_low(model, lines.append)
+  assert kinds.keys() == {f'attention.{x}' for x in 'qkvo'} | {
+    'feed_forward.gate',
+    'feed_forward.up',
+  }
+  (line,) = lines
+  assert line.startswith('feed_forward.down stays int8: blocks of 64 do not divide the 96 numbers')
+
+
+def test_shared_layers_are_told_of_what_prunes_them(one_device):
+  config = ModelConfig(**laws.TINY | {'shared_layers': 2})
+  model = jax.eval_shape(lambda: transformer.init(config, 0))
+  asked = PruneRequest('0.5', 'wanda')
+  rows = bounded.rows_of([[1, 2, 3]], 1, 8)
+  with pytest.raises(NotImplementedError, match='use --method=magnitude, without calibration'):
+    pruned.thinned(model, asked, rows, None, print)
