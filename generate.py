@@ -231,10 +231,13 @@ def defaults_of(generator: Generator, asked: dict) -> dict:
   for, and for what a search does not do.
   """
   options, left = model_defaults(generator.tokenizer.generation)
+  if asked['beams'] > 1 and 'stop' in options and not OPTIONS['stop'].present:
+    left.append(f'stop_strings={options["stop"]!r}, by which a search does not end')
+  of_search = {*DRAWING, 'stop'} if asked['beams'] > 1 else set()
   options = {
     name: value
     for name, value in options.items()
-    if not OPTIONS[name].present and not (asked['beams'] > 1 and name in DRAWING)
+    if not OPTIONS[name].present and name not in of_search
   }
   shown = ', '.join(f'{name}={value}' for name, value in options.items()) or 'none'
   print(f'defaults of the model: {shown}', file=sys.stderr)
@@ -352,8 +355,10 @@ def converses() -> bool:
 def converse(generator: Generator) -> None:
   """Talks, until the person ends it."""
   options = options_of(generator)
-  default = not OPTIONS['max_new_tokens'].present and OPTIONS['defaults'].value != 'model'
-  if CHAT.value and default:
+  says = OPTIONS['max_new_tokens'].present
+  if OPTIONS['defaults'].value == 'model':
+    says = says or 'max_new_tokens' in model_defaults(generator.tokenizer.generation)[0]
+  if CHAT.value and not says:
     # An answer ends itself, and Ctrl-C stops it.
     options['max_new_tokens'] = ANSWER
   # Lines are edited, and earlier ones come back by the arrow keys, where Python has it.

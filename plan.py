@@ -44,8 +44,7 @@ from analysis import aot, candidates, enough, hardware, memory, modes, roofline,
 from analysis.hlo import Module
 from analysis.served import PlannedServer, serve
 from kernels import cudnn
-from kernels.attention import FEW, choose
-from kernels.flash import KERNELS
+from kernels.attention import choose, too_few
 from model import flops as counts
 from parallel import compiler
 from parallel.mesh import make_mesh
@@ -102,6 +101,7 @@ class Plan:
     config: with the mesh's sizes resolved. chip: what a device belongs to. devices: of the mesh.
     problem: why the compiler refused, '' where it did not; then memory and prediction are None.
     held: bytes of the arguments by name, known in any case.
+    row: tokens of one that a step trains on, or a prefill reads.
     tokens, model_flops: of a run, on all devices. collectives: each as found.
     compile_seconds: tracing, lowering and compiling.
   """
@@ -110,6 +110,7 @@ class Plan:
   config: configs.Config
   chip: hardware.Chip
   devices: int
+  row: int
   problem: str
   held: dict[str, int]
   memory: memory.Memory | None
@@ -162,12 +163,9 @@ class Plan:
       return model.execution.attention
     spec = model.attention_spec if self.mode == 'train' else model.attention_spec - {'segments'}
     platform = 'tpu' if self.chip.torus else 'gpu'
-    if self.tokens < FEW:
-      without = frozenset(KERNELS)
-    elif platform == 'gpu' and spec <= cudnn.FIELDS:
+    without = too_few(self.row)
+    if not without and platform == 'gpu' and spec <= cudnn.FIELDS:
       without = frozenset({'pallas_gpu'})
-    else:
-      without = frozenset()
     return choose(spec, platform, without=without)
 
   @property
@@ -175,24 +173,6 @@ class Plan:
     """The table of compiler options, and the options; none but for a step of training."""
     entries = self.config.train.compiler if self.mode == modes.TRAIN else (compiler.NONE,)
     return compiler.chosen(entries, self.chip.kinds[0], self.config.mesh.sizes())
-
-  def cost(
-    self, dollars_per_chip_hour: float | None, watts_per_chip: float | None
-  ) -> dict[str, float]:
-    """Hours, dollars and kWh of the whole training run, or of a million tokens;
-    only what is known: how long train.epochs are, the data says, which is not read.
-    """
-    if self.prediction is None or (self.mode == 'train' and self.config.train.epochs):
-      return {}
-    runs = self.config.train.steps if self.mode == 'train' else 1e6 / self.tokens
-    hours = self.seconds * runs / 3600
-    watts = self.chip.watts if watts_per_chip is None else watts_per_chip
-    costs = {'hours': hours}
-    if dollars_per_chip_hour is not None:
-      costs['dollars'] = hours * self.chips * dollars_per_chip_hour
-    if watts is not None:
-      costs['kWh'] = hours * self.chips * watts / 1000
-    return costs
 
   def to_dict(self) -> dict:
     """JSON-able."""
@@ -249,7 +229,8 @@ def make_plan(
   arrays, tokens, model_flops = made.arrays, made.tokens, made.model_flops
   beside = {name: memory.shard_bytes(tree) for name, tree in made.beside.items()}
   bytes_held = beside | {name: memory.shard_bytes(tree) for name, tree in arrays.items()}
-  plan = functools.partial(Plan, mode, config, chip, mesh.size)
+  row = context if mode == modes.PREFILL else config.objective.longest_row(config.data)
+  plan = functools.partial(Plan, mode, config, chip, mesh.size, row)
 
   def seconds():
     return time.perf_counter() - began
@@ -324,7 +305,9 @@ def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
   sizes = enough.state_bytes(config, make_mesh(config.mesh, devices))
   chip, least = chip_of(devices), sum(sizes.values())
   problem = f'{ALONE} {least / 1e9:.2f} GB'
-  refused = Plan('train', config, chip, len(devices), problem, sizes, None, 1, 0.0, [], None, 0.0)
+  refused = Plan(
+    'train', config, chip, len(devices), 1, problem, sizes, None, 1, 0.0, [], None, 0.0
+  )
   return refused if least > refused.available else make_plan(config, devices)
 
 
@@ -436,6 +419,7 @@ def main(arguments):
   logging.set_verbosity(logging.WARNING)
   with commands.mendable():
     names.check('mode', MODE.value, modes.MODES)
+    rate = 0.0  # of tokens, where a plan is of more programs than one
     apart = MODE.value in (modes.TRAIN, modes.ROLLOUT)
     if apart and (BATCH.present or CONTEXT.present or WEIGHTS.present):
       raise ValueError(
@@ -468,13 +452,16 @@ def main(arguments):
       )
       plan, extra = found.write, {'read': found.read.to_dict(), 'times': found.times()}
       extra['rows'], extra['context'] = found.rows, found.context
+      # Prompts are read between, which is another program.
+      rate = found.times().get('tokens/s', 0.0)
     else:
       plan = make_plan(
         config, devices, MODE.value, BATCH.value, CONTEXT.value, weights=WEIGHTS.value
       )
       extra = {}
 
-    tables.show(plan, plan.cost(DOLLARS.value, WATTS.value))
+    cost = tables.cost(plan, DOLLARS.value, WATTS.value, rate)
+    tables.show(plan, cost)
     if MODE.value == modes.SERVE:
       tables.served(found)
     if not plan.fits and MODE.value == 'train' and not SEARCH.value:
@@ -484,7 +471,7 @@ def main(arguments):
       extra = {'nearest': other and other.to_dict()}
 
   if JSON.value:
-    whole = plan.to_dict() | {'cost': plan.cost(DOLLARS.value, WATTS.value)} | extra
+    whole = plan.to_dict() | {'cost': cost} | extra
     files.replace(JSON.value, json.dumps(whole, indent=1) + '\n')
     print(f'\nwrote {JSON.value}')
 

@@ -83,9 +83,14 @@ def _training(config, state) -> dict[str, Any]:
   return ({'frozen parameters': frozen} if jax.tree.leaves(frozen) else {}) | arrays
 
 
+def writes(objective) -> bool:
+  """Whether a run of it learns from what it writes."""
+  return hasattr(objective, 'rollout_rows')
+
+
 def _rollout(config, mesh):
   objective, data = config.objective, config.data
-  if not hasattr(objective, 'rollout_rows'):
+  if not writes(objective):
     raise ValueError(
       f'--mode=rollout is of objectives that learn from what they write, and objective.kind='
       f'{objective.kind!r} does not; use --config=configs/grpo.py, or --mode=decode'

@@ -9,6 +9,7 @@ Between slices it sends and receives: its runtime does what the send asks for.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -290,11 +291,14 @@ def _target(inside):
 
 
 def _result(i):
-  """Bytes of a collective's result; a start's shape holds its operands too."""
+  """Bytes of a collective's result; a start's shape holds its operands first, and then as many
+  results, where collectives were combined.
+  """
   pair = i.opcode.endswith('-start') and i.shape.startswith('(') and i.opcode != 'all-reduce-start'
   if not pair:
     return nbytes(i.shape)
-  return max(size for size, _ in arrays(i.shape))
+  n = len(i.operands)
+  return sum(size for size, _ in itertools.islice(arrays(i.shape), n, 2 * n))
 
 
 def collectives(program: str | Module, mesh: Mesh) -> list[Collective]:

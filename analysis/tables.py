@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from analysis import candidates, published, roofline
+from analysis import candidates, modes, published, roofline
 from decode.options import CHUNK
 from parallel import compiler
 from workdir.report import amount
@@ -76,12 +76,41 @@ def show(plan, cost: dict[str, float]) -> None:
       f'train.epochs={plan.config.train.epochs:g}: how many steps, the data says, which is not '
       'read here; for the cost give --config.train.epochs=0 --config.train.steps=1000'
     )
+  if plan.mode == 'train' and modes.writes(plan.config.objective):
+    console.print(
+      f'objective.kind={plan.config.objective.kind!r} writes what it learns from, which is not in '
+      'this time: plan that by --mode=rollout, and add both up'
+    )
   if cost:
     work = f'{plan.config.train.steps:,} steps' if plan.mode == 'train' else 'a million tokens'
     units = {'hours': '{} hours', 'dollars': '${}', 'kWh': '{} kWh (chips only)'}
     digits = {'kWh': 1}
     costs = [units[name].format(amount(value, digits.get(name, 2))) for name, value in cost.items()]
     console.print(f'{work}: ' + ', '.join(costs))
+
+
+def cost(
+  plan, dollars_per_chip_hour: float | None, watts_per_chip: float | None, rate: float = 0.0
+) -> dict[str, float]:
+  """Hours, dollars and kWh of the whole training run, or of a million tokens;
+  only what is known: how long train.epochs are, the data says, which is not read; and what a run
+  writes itself is another program (--mode=rollout).
+
+  rate: tokens a second of more programs than this one; 0: it runs alone.
+  """
+  config, training = plan.config, plan.mode == 'train'
+  unknown = config.train.epochs or modes.writes(config.objective)
+  if plan.prediction is None or (training and unknown):
+    return {}
+  runs = config.train.steps if training else 1e6 / plan.tokens
+  hours = (1e6 / rate if rate else plan.seconds * runs) / 3600
+  watts = plan.chip.watts if watts_per_chip is None else watts_per_chip
+  costs = {'hours': hours}
+  if dollars_per_chip_hour is not None:
+    costs['dollars'] = hours * plan.chips * dollars_per_chip_hour
+  if watts is not None:
+    costs['kWh'] = hours * plan.chips * watts / 1000
+  return costs
 
 
 def _memory(console, plan):

@@ -17,6 +17,19 @@ SILENT = frozenset(
 '''.split()
 )
 
+# What others are where they are not used, besides 0, False and nothing.
+IDLE = {
+  'diversity_penalty': 0.0,
+  'encoder_repetition_penalty': 1.0,
+  'guidance_scale': 1.0,
+  'length_penalty': 1.0,
+  'max_length': 20,
+  'num_beam_groups': 1,
+  'num_beams': 1,
+  'num_return_sequences': 1,
+  'typical_p': 1.0,
+}
+
 
 def model_defaults(generation: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   """Options of a call by name, and 'key=value' of each setting that is not among them.
@@ -30,14 +43,20 @@ def model_defaults(generation: Mapping[str, Any]) -> tuple[dict[str, Any], list[
   else:
     options = {'temperature': 0.0}
     options |= {key: given[key] for key in OURS if key in given and key not in DRAWING}
-  if given.get('stop_strings'):
-    options['stop'] = given['stop_strings']
+  if stops := given.get('stop_strings'):
+    options['stop'] = [stops] if isinstance(stops, str) else list(stops)
 
   known = {*OURS, *SILENT, 'stop_strings'}
-  # 0, 1 and nothing are what all others are where they are not used.
   left = [
     f'{key}={value!r}'
     for key, value in given.items()
-    if key not in known and value not in (0, 1, '', [], {})
+    if key not in known and not _says_nothing(value, IDLE.get(key))
   ]
   return options, left
+
+
+def _says_nothing(value: Any, idle: Any) -> bool:
+  """Whether a setting is as where it is not used. (True is 1 to Python, and no 1 here.)"""
+  if isinstance(value, bool):
+    return not value
+  return value in (0, '', [], {}, idle)

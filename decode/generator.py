@@ -29,6 +29,8 @@ from model.weights import of_rows
 from parallel import axes as ax
 from parallel.mesh import MeshConfig
 
+PER_ROW = [name for name, row in TABLE.items() if row.per_row]
+
 
 class Generator(LoadedModel):
   """A model with its tokenizer, on a mesh, that is asked for text.
@@ -84,6 +86,12 @@ class Generator(LoadedModel):
     prompts = several(prompts)
     if size < 1:
       raise ValueError(f'batch_size={size} must be at least 1: prompts that go side by side')
+    for name in filter(options.__contains__, PER_ROW):
+      if _is_each(options[name]) and len(options[name]) != len(prompts):
+        raise ValueError(
+          f'{name} has {len(options[name])} values for {len(prompts)} prompts; give one of each, '
+          'or one for all'
+        )
     fronts = self.fronts_of(Options.of(options).adapter, len(prompts))
     if not self.model.config.encoder_layers:
       for front, prompt in zip(fronts, prompts):
@@ -284,12 +292,17 @@ class Generator(LoadedModel):
 def _of_part(given: Mapping[str, Any], part: slice) -> dict[str, Any]:
   """Options of a part of the prompts: of each what it would have in a call for all."""
   options = dict(given)
-  for name in [name for name, row in TABLE.items() if row.per_row and name in given]:
-    if isinstance(given[name], (list, tuple, np.ndarray)) and np.ndim(given[name]):
+  for name in filter(given.__contains__, PER_ROW):
+    if _is_each(given[name]):
       options[name] = given[name][part]
   if not np.ndim(options.get('seed', 0)):
     options['seed'] = seed_of(options.get('seed', TABLE['seed'].default), part.start)
   return options
+
+
+def _is_each(value: Any) -> bool:
+  """Whether a value of an option is several, one of each prompt."""
+  return isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) > 0
 
 
 def _as_it_comes(given: Mapping[str, Any]) -> Options:

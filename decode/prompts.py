@@ -121,7 +121,7 @@ def check_adapters(
 
 def is_chat(prompt) -> bool:
   """Whether a prompt is messages, and neither a text nor ids."""
-  return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+  return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) for m in prompt)
 
 
 def read_examples(path: str, shots: int | None = None) -> list[tuple[str, str]]:

@@ -262,12 +262,17 @@ def choose(
   return next(name for name in order if spec <= HONOURS[name] and name not in without)
 
 
+def too_few(queries: int) -> frozenset[str]:
+  """Our kernels, for rows of fewer queries than they are for; of others none."""
+  return frozenset(flash.KERNELS if queries < FEW else ())
+
+
 def _left_out(q, k, v, mask) -> frozenset[str]:
   """Kernels of ours that `auto` passes over: all of them for few queries, Hopper's where cuDNN
   computes the same or on other GPUs.
   """
-  if q.shape[1] < FEW:
-    return frozenset(flash.KERNELS)
+  if few := too_few(q.shape[1]):
+    return few
   if mesh.platform() == 'gpu' and not _cudnn('refusal')(q, k, v, mask):
     return frozenset({'pallas_gpu'})
   return _too_new()

@@ -113,6 +113,13 @@ def test_defaults_of_the_model_are_those_of_transformers():
   assert model_defaults({'temperature': 0.6, 'top_k': 5}) == ({'temperature': 0.0}, [])
   options, left = model_defaults(SAYS | {'top_k': None, 'num_beams': 1, 'eos_token_id': [1]})
   assert options == {'temperature': 0.25, 'top_p': 0.5} and left == ['typical_p=0.7']
+  # One text may stand for a list; True and 1 are only nothing where they are of that setting.
+  options, left = model_defaults(
+    {'stop_strings': 'Human:', 'renormalize_logits': True, 'min_new_tokens': 1}
+    | {'no_repeat_ngram_size': 1, 'num_beams': 1, 'typical_p': 1.0, 'remove_invalid_values': False}
+  )
+  assert options == {'temperature': 0.0, 'stop': ['Human:']}
+  assert left == ['renormalize_logits=True', 'min_new_tokens=1', 'no_repeat_ngram_size=1']
 
 
 @pytest.mark.slow

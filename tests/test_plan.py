@@ -122,6 +122,7 @@ def fake(
     config,
     hardware.lookup('TPU v5 lite'),
     8,
+    config.data.sequence_length,
     problem,
     {'parameters': 1},
     bytes_,
@@ -135,18 +136,36 @@ def fake(
 
 def test_cost():
   got = fake(tiny(steps=3600), peak=1, seconds=2.0)
-  assert got.cost(1.5, 200.0) == {'hours': 2.0, 'dollars': 2 * 8 * 1.5, 'kWh': 2 * 8 * 0.2}
+  assert tables.cost(got, 1.5, 200.0) == {'hours': 2.0, 'dollars': 2 * 8 * 1.5, 'kWh': 2 * 8 * 0.2}
   # A v5e's power is not published, and no price was given
-  assert got.cost(None, None) == {'hours': 2.0}
-  assert fake(tiny(), peak=1, problem='no').cost(1.0, 1.0) == {}
+  assert tables.cost(got, None, None) == {'hours': 2.0}
+  assert tables.cost(fake(tiny(), peak=1, problem='no'), 1.0, 1.0) == {}
   assert got.mfu == pytest.approx(8e12 / 2 / 8 / 197e12)
+
+
+def test_what_is_written_or_read_besides_is_not_left_out_of_a_cost(capsys):
+  """A rollout is another program, whose time is not in a step's; and a server reads between."""
+  config = tiny(steps=3600)
+  got = fake(dataclasses.replace(config, objective=GRPO(reward=('r.py',))), peak=1)
+  assert tables.cost(got, 1.5, 200.0) == {}
+  tables.show(got, {})
+  assert 'plan that by --mode=rollout' in ' '.join(capsys.readouterr().out.split())
+  served = dataclasses.replace(fake(config, peak=1), mode='serve')
+  assert tables.cost(served, None, None, rate=1e6 / 7200) == pytest.approx({'hours': 2.0})
+
+
+def test_the_backend_is_named_by_the_length_of_a_row():
+  """As the program chooses it: of short rows no kernel, however many tokens there are."""
+  got = fake(tiny(), peak=1)
+  assert got.attention == 'xla'
+  assert dataclasses.replace(got, row=128).attention == 'pallas_tpu'
 
 
 def test_epochs_have_no_cost_without_data(capsys):
   config = tiny()
   train = dataclasses.replace(config.train, steps=0, epochs=2.0)
   got = fake(dataclasses.replace(config, train=train), peak=1)
-  assert got.cost(1.5, 200.0) == {}
+  assert tables.cost(got, 1.5, 200.0) == {}
   tables.show(got, {})
   text = capsys.readouterr().out
   assert 'train.epochs=2: how many steps, the data says' in text and '0 steps' not in text
@@ -158,7 +177,7 @@ def test_a_chip_of_two_devices_is_one_chip():
   chip = dataclasses.replace(one.chip, devices=2, hbm_bytes=10 * 10**9, usable=0)
   two = dataclasses.replace(one, chip=chip)
   assert (one.chips, two.chips) == (8, 4)
-  assert two.cost(1.5, 200.0) == {'hours': 2.0, 'dollars': 2 * 4 * 1.5, 'kWh': 2 * 4 * 0.2}
+  assert tables.cost(two, 1.5, 200.0) == {'hours': 2.0, 'dollars': 2 * 4 * 1.5, 'kWh': 2 * 4 * 0.2}
   assert two.available == 5e9 and not two.fits
   assert dataclasses.replace(two, chip=dataclasses.replace(chip, usable=14 * 10**9)).fits
 
@@ -208,6 +227,7 @@ def test_a_plan_names_the_attention_that_it_compiled():
         peak=1,
       ),
       mode=mode,
+      row=512,
       chip=hardware.lookup(chip),
     )
 
@@ -407,7 +427,7 @@ def test_decoding_shows_its_cache(capsys):
   assert got.held['cache'] == 2 * model.L * 4 // 2 * 64 * model.K // 2 * model.H * 4 + 4 * 4 // 2
   assert got.tokens == 4 * CHUNK and got.model_flops == CHUNK * flops.decode_flops(model, 4, 64)
   assert got.fits and got.seconds > max(got.prediction.roofline.values())
-  tables.show(got, got.cost(1.0, None))
+  tables.show(got, tables.cost(got, 1.0, None))
   text = capsys.readouterr().out
   assert 'FITS' in text and 'cache' in text and 'a million tokens' in text and 'all-reduce' in text
   json.dumps(got.to_dict())

@@ -45,7 +45,8 @@ def described(config: Config, cost) -> str:
   chosen = model.execution.attention
   if chosen == 'auto':
     in_parts = context.in_parts(model.execution.context, model.N, model.K)
-    chosen = attention.choose(model.attention_spec, in_parts=in_parts)
+    few = attention.too_few(config.objective.longest_row(config.data))
+    chosen = attention.choose(model.attention_spec, in_parts=in_parts, without=few)
   split = f', rows split by {model.execution.context!r}' if axes.size('length') > 1 else ''
   return (
     f'model: {cost.parameters:,} parameters, {cost.flops_per_token:.3g} training FLOPs a token, '

@@ -63,6 +63,26 @@ def test_kind_axes_and_bytes(kind, mesh):
   assert found.size == (4 if len(axes) == 2 else 2)
 
 
+COMBINED = """
+HloModule m, is_scheduled=true, num_partitions=8
+
+ENTRY %main (a: bf16[32,256], b: bf16[64,256]) -> bf16[256,256] {
+  %a = bf16[32,256]{1,0} parameter(0)
+  %b = bf16[64,256]{1,0} parameter(1)
+  %start = ((bf16[32,256]{1,0}, bf16[64,256]{1,0}), (bf16[256,256]{1,0}, bf16[512,256]{1,0})) all-gather-start(%a, %b), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, use_global_device_ids=true, channel_id=1
+  %done = (bf16[256,256]{1,0}, bf16[512,256]{1,0}) all-gather-done(%start)
+  ROOT %first = bf16[256,256]{1,0} get-tuple-element(%done), index=0
+}
+"""  # noqa: E501
+
+
+def test_gathers_that_are_one_count_together():
+  """XLA for GPUs starts several at once: operands in a tuple, and results in another."""
+  (found,) = schedule.collectives(COMBINED, make_mesh(MeshConfig(fsdp=8)))
+  assert (found.kind, found.axes) == ('all-gather', ('fsdp',))
+  assert found.nbytes == 2 * (256 + 512) * 256 * 7 // 8
+
+
 def test_a_collective_in_a_loop_counts_as_often_as_it_runs(mesh):
   def step(x, _):
     return (jax.lax.psum(x, 'fsdp') / 2, None)

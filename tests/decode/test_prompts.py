@@ -123,3 +123,11 @@ def test_what_is_no_example_is_said_with_its_place(tmp_path, content, shots, sai
     read_examples(str(path), shots)
   with pytest.raises(ValueError, match='--examples=.*none: No such file'):
     read_examples(str(tmp_path / 'none'))
+
+
+def test_messages_are_objects_all_of_them(monkeypatch):
+  monkeypatch.setattr(
+    sys, 'stdin', Piped(b'{"messages": [{"role": "system", "content": "s"}, "x"]}')
+  )
+  with pytest.raises(ValueError, match='stdin:1: messages=.*must be a list of objects'):
+    read_prompts('-')

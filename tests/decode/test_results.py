@@ -51,6 +51,8 @@ def test_a_batch_that_fails_as_a_whole_ends_no_other(generator):
 def test_batches_that_cannot_be_are_refused_before_the_first(generator):
   with pytest.raises(ValueError, match='batch_size=0 must be at least 1'):
     generator.in_batches(PROMPTS, 0)
+  with pytest.raises(ValueError, match=f'temperature has 7 values for {len(PROMPTS)} prompts'):
+    generator.in_batches(PROMPTS, 2, temperature=[0.5] * 7)
   with pytest.raises(ValueError, match='a prompt of 41 tokens leaves no room'):
     generator.in_batches(['a', 'a' * 40], 1)
   with pytest.raises(ValueError, match="option='topk' is unknown"):
