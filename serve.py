@@ -347,9 +347,13 @@ def traces_to(endpoint: str, name: str):
   return tracing.Traces(tracing.exporter_to(endpoint), name)
 
 
+FLAGS_OF_WRITING = ROWS, CACHE_DTYPE, LOOKUP, DRAFT_TOKENS, PAGES, HOST_PAGES
+FLAGS_OF_WRITING += MAX_GAP_MS, SAMPLES, REASONING, DEFAULTS
+
+
 def check_encoder() -> None:
   """Raises ValueError for flags of what an encoder does not do."""
-  for flag in (ROWS, CACHE_DTYPE, LOOKUP, DRAFT_TOKENS, MAX_GAP_MS, SAMPLES, REASONING):
+  for flag in FLAGS_OF_WRITING:
     if flag.present:
       raise ValueError(
         f'--{flag.name}: the model is an encoder, which writes nothing; leave it out'

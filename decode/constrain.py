@@ -260,21 +260,36 @@ def advance(automaton: Automaton, states: Int[Array, 'B'], ids: Int[Array, 'B'])
   return jnp.where(after < 0, states, after)
 
 
-def _over_bytes(regex: str) -> tuple[np.ndarray, np.ndarray, int]:
+def _over_bytes(regex: str) -> automaton.Tables:
   """See decode.automaton.over_bytes, for expressions of at most MOST_PLACES places."""
+  return automaton.over_bytes(regex, _checked_places(regex))
+
+
+def _plain(regexes: Sequence[str]) -> list[bool]:
+  """See decode.automaton.plain, for expressions of at most MOST_PLACES places each."""
+  return automaton.plain(regexes, sum(map(_checked_places, regexes)))
+
+
+def _checked_places(regex: str) -> int:
+  """Raises ValueError where there are more than MOST_PLACES."""
   if (places := _places(regex)) > MOST_PLACES:
     raise ValueError(
       f'regex={regex[:200]!r} has {places:,} places with its repetitions written out, of at most '
       f'{MOST_PLACES:,} (a character of a JSON string is 3): lower its counts (maxLength, '
       'maxItems), or leave them out and bound the text by max_new_tokens'
     )
-  return automaton.over_bytes(regex, places)
+  return places
 
 
-_PLACE = re.compile(
-  r'(?P<open>\((?:\?(?:P?<\w+>|[a-zA-Z-]*:)?)?)|(?P<close>\))|\{(?P<low>\d+)(?:,(?P<high>\d*))?\}'
-  r'|(?P<free>[*+?|^$])|(?P<place>\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\])*\]|\\[pPxu]\{[^}]*\}|\\.|.)',
-  re.DOTALL,
+_CLASS = r'\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\])*\]|'
+_PLACE, _PLACE_BUT_CLASSES = (
+  re.compile(
+    r'(?P<open>\((?:\?(?:P?<\w+>|[a-zA-Z-]*:)?)?)|(?P<close>\))'
+    r'|\{(?P<count>\s*+(?P<low>\d*+)\s*+(?:,\s*+(?P<high>\d*+)\s*+)?)\}'
+    rf'|(?P<free>[*+?|^$])|(?P<place>{classes}\\[pPxu]\{{[^}}]{{0,80}}\}}|\\.|.)',
+    re.DOTALL,
+  )
+  for classes in (_CLASS, '')
 )
 
 
@@ -283,27 +298,26 @@ def _places(regex: str) -> int:
   before the library spends time and memory on them.
   """
   totals, last = [0], 0  # of each open group, and of what a repetition would repeat
-  for match in _PLACE.finditer(regex):
+  place, begun = _PLACE, 0
+  while match := place.match(regex, begun):
+    begun = match.end()
     if match['open']:
       totals.append(0)
     elif match['close']:
       last = totals.pop() if len(totals) > 1 else 0
       totals[-1] += last
-    elif match['low']:
-      times = max(int(match['high'] or match['low']), 1) if len(match[0]) < 20 else MOST_PLACES
+    elif match['count']:
+      most = match['high'] or match['low'] or '1'
+      times = max(int(most), 1) if len(match[0]) < 20 else MOST_PLACES
       totals[-1] += last * (times - 1)
       last *= times
     elif match['place']:
       last = 1
       totals[-1] += 1
+      if match[0] == '[':
+        # A class without an end: nor has another behind it, and each would look for it anew.
+        place = _PLACE_BUT_CLASSES
   return sum(totals)
-
-
-def _plain(regex: str) -> bool:
-  """Whether all texts of a regular expression stand for themselves within a JSON string."""
-  after, ends, first = _over_bytes(regex)
-  kept = _useful(after, ends, first)
-  return not np.isin(after[kept][:, [*range(0x20), ord('"'), ord('\\')]], kept).any()
 
 
 def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -334,7 +348,7 @@ def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
 
   used, classes = np.unique([_NEVER, *classes], return_inverse=True)
   table = np.stack([moves[i] for i in used], 1)
-  kept = _useful(table, ends, first)
+  kept = automaton.useful(table, ends, first)
   if not kept.size:
     raise ValueError(
       f'no ids of this {tokenizer.kind!r} tokenizer spell a text that regex={regex!r} accepts: it '
@@ -357,25 +371,6 @@ def _check_moves(regex: str, nbytes: int) -> None:
       f'regex={regex[:200]!r} takes more than {MOST_MOVES / 2**20:g} MiB for what tokens do to its '
       'states: shorten it, or lower its counts (maxLength, maxItems)'
     )
-
-
-def _useful(after: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:
-  """States that a text passes, the first of them in front: reached from there, and able to end.
-
-  after: [S, anything], -1 for none.
-  """
-  from scipy.sparse import coo_array
-  from scipy.sparse.csgraph import breadth_first_order
-
-  S = len(after)
-  sources, columns = np.nonzero(after >= 0)
-  # S: the end, to which states lead where a text may end.
-  targets = np.append(after[sources, columns], np.full(ends.sum(), S))
-  sources = np.append(sources, np.flatnonzero(ends))
-  graph = coo_array((np.ones(len(sources)), (sources, targets)), shape=(S + 1, S + 1)).tocsr()
-  reached = breadth_first_order(graph, first, return_predecessors=False)
-  able = breadth_first_order(graph.T.tocsr(), S, return_predecessors=False)
-  return reached[np.isin(reached, able) & (reached < S)]
 
 
 def _merged(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

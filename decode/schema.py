@@ -5,14 +5,15 @@ Every text that the expression accepts is valid JSON that the schema accepts. No
 written: properties come in the schema's order, only those that it names, characters stand for
 themselves (no \u escapes), and one space at most follows ':' and ','. A keyword that could not be
 kept raises; none is passed over. A format is kept by its shape: 2023-02-29 is a date to it. A
-pattern is ECMA-262's, see decode.ecma.
+pattern is ECMA-262's, see decode.ecma. A schema with an $id is a document of its own, wherever it
+stands: references in it are to its own places.
 """
 
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from decode import ecma
@@ -44,6 +45,10 @@ FORMATS = {
   'uuid': '[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}',
 }
 MOST_DIGITS = 100  # of a bound: an expression of all integers below it grows with their square
+# Characters that are written for a schema, those of what stands within another one again. What
+# decode.constrain.MOST_PLACES lets through has some 100,000 in its end.
+MOST_WRITTEN = 2**21
+EACH = 16  # characters that one takes at least, so that short ones have an end, too
 TYPES = {  # the keywords of each type, and the Python types that json reads it as
   'string': ({'minLength', 'maxLength', 'pattern', 'format'}, (str,)),
   'integer': ({'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'}, (int,)),
@@ -55,17 +60,20 @@ TYPES = {  # the keywords of each type, and the Python types that json reads it 
 }
 
 
-def to_regex(schema: Mapping[str, Any] | str | os.PathLike, plain: Callable[[str], bool]) -> str:
+def to_regex(
+  schema: Mapping[str, Any] | str | os.PathLike,
+  plain: Callable[[Sequence[str]], Sequence[bool]],
+) -> str:
   """The regular expression of a schema.
 
   Args:
     schema: as a dict, as JSON text, or as the path (a PathLike, not text) of a file of it.
-    plain: whether a regular expression accepts only texts that stand for themselves within a JSON
-      string, for `pattern`.
+    plain: whether each of some regular expressions accepts only texts that stand for themselves
+      within a JSON string, for all that are a `pattern`: it is asked once.
 
   Raises:
-    ValueError: a file that can't be read, no JSON, or a schema that can't be kept:
-      it names the place, what stands there, and what can.
+    ValueError: a file that can't be read, no JSON, a schema that can't be kept, or whose expression
+      is too long: it names the place, what stands there, and what can.
   """
   if isinstance(schema, Mapping):
     root = schema
@@ -81,12 +89,15 @@ def to_regex(schema: Mapping[str, Any] | str | os.PathLike, plain: Callable[[str
       raise ValueError(
         f'schema={str(schema)[:200]!r} is not JSON: {error}; for a file, give a pathlib.Path'
       ) from error
+  writer = _Writer(root)
   try:
-    return _Writer(root, plain).any(root, '#', ())
+    regex = writer.any(root, '#', ())
   except RecursionError as error:
     raise ValueError(
       'the schema is nested deeper than it can be followed; write it flatter'
     ) from error
+  writer.check_patterns(plain)
+  return regex
 
 
 class _Writer:
@@ -94,10 +105,47 @@ class _Writer:
   there.
   """
 
-  def __init__(self, root: Any, plain: Callable[[str], bool]):
-    self.root, self.plain = root, plain
+  def __init__(self, root: Any):
+    self.root, self.base = root, '#'  # the document that references are to, and where it begins
+    self.written = 0  # characters, of what stands within another one again
+    self.patterns: dict[str, tuple[str, str]] = {}  # in Rust's syntax, to where, and as it stands
 
   def any(self, schema: Any, where: str, inside: Sequence[str]) -> str:
+    document = self.root, self.base
+    if schema is not self.root and _is_document(schema):
+      # What led there is of another document, whose places have the same names.
+      self.root, self.base, inside = schema, where, ()
+    text = self.one(schema, where, inside)
+    self.root, self.base = document
+    self.count(len(text) + EACH, where)
+    return text
+
+  def count(self, characters: int, where: str) -> None:
+    """Raises ValueError where more has been written than may be, before it takes all memory: each
+    level may double what is within it.
+    """
+    self.written += characters
+    if self.written > MOST_WRITTEN:
+      raise ValueError(
+        f'schema at {where[:200]}: by here its expression takes more than {MOST_WRITTEN:,} '
+        'characters to write, for each place has a copy of what it holds or refers to, and of '
+        'properties that may be left out several: require them, nest fewer levels, or refer to '
+        'less'
+      )
+
+  def check_patterns(self, plain: Callable[[Sequence[str]], Sequence[bool]]) -> None:
+    """Raises ValueError for a pattern whose texts a JSON string must escape."""
+    if not self.patterns:
+      return
+    for (where, pattern), right in zip(self.patterns.values(), plain([*self.patterns])):
+      if not right:
+        raise ValueError(
+          f'schema at {where}: pattern={pattern!r} accepts \'"\', \'\\\' or control characters, '
+          'which a JSON string must '
+          r'escape; leave them out, for example by [^"\\\x00-\x1F] for .'
+        )
+
+  def one(self, schema: Any, where: str, inside: Sequence[str]) -> str:
     if isinstance(schema, bool):
       means = 'anything, texts without end' if schema else 'nothing'
       raise ValueError(
@@ -144,7 +192,7 @@ class _Writer:
       raise ValueError(
         f'schema at {where}: $ref={name!r} is not a place of this document, such as #/$defs/name'
       ) from error
-    return self.any(target, name, (*inside, name))
+    return self.any(target, f'{self.base}{name[1:]}', (*inside, name))
 
   def string(self, schema: Mapping[str, Any], where: str, inside: Sequence[str]) -> str:
     if len(given := TYPES['string'][0] & schema.keys()) > 1 and given != {'minLength', 'maxLength'}:
@@ -175,12 +223,7 @@ class _Writer:
         translated = ecma.to_rust(pattern[1:-1])
       except ValueError as error:
         raise ValueError(f'schema at {where}: pattern={pattern!r}: {error}') from error
-      if not self.plain(translated):
-        raise ValueError(
-          f'schema at {where}: pattern={pattern!r} accepts \'"\', \'\\\' or control characters, '
-          'which a JSON string must '
-          r'escape; leave them out, for example by [^"\\\x00-\x1F] for .'
-        )
+      self.patterns.setdefault(translated, (where, pattern))
       return f'"(?:{translated})"'
     return f'"{CHARACTER}{_times(schema, "minLength", "maxLength", where)}"'
 
@@ -215,7 +258,7 @@ class _Writer:
 
   def object(self, schema: Mapping[str, Any], where: str, inside: Sequence[str]) -> str:
     more = schema.get('additionalProperties', True)
-    required = _list(schema, 'required', where) if 'required' in schema else []
+    required = _names(schema, 'required', where) if 'required' in schema else {}
     if 'properties' not in schema:
       return self.dictionary(more, required, where, inside)
 
@@ -242,11 +285,15 @@ class _Writer:
       for name, value in properties.items()
       if value is not False
     ]
-    return _in_order(
-      pairs, [name in required for name in properties if properties[name] is not False]
-    )
+    needed = [name in required for name in properties if properties[name] is not False]
+    if not any(needed):
+      # Of each pair there is a copy behind each that may come first.
+      self.count(sum(i * len(pair) for i, pair in enumerate(pairs)), where)
+    return _in_order(pairs, needed)
 
-  def dictionary(self, more: Any, required: Sequence, where: str, inside: Sequence[str]) -> str:
+  def dictionary(
+    self, more: Any, required: Collection[str], where: str, inside: Sequence[str]
+  ) -> str:
     """An object of any names, with values of one schema: `more`; False: of none."""
     if more is True:
       raise ValueError(
@@ -255,7 +302,7 @@ class _Writer:
       )
     if required:
       raise ValueError(
-        f'schema at {where}: required={required} without properties; name them there'
+        f'schema at {where}: required={[*required]} without properties; name them there'
       )
     if more is False:
       return r'\{\}'
@@ -318,6 +365,12 @@ def _span(a: str, b: str) -> str:
   return f'{a[0]}(?:{_span(a[1:], "9" * rest)}){between}|{b[0]}(?:{_span("0" * rest, b[1:])})'
 
 
+def _is_document(schema: Any) -> bool:
+  """Whether a schema has references of its own: an $id that is one, and no older anchor."""
+  name = schema.get('$id') if isinstance(schema, Mapping) else None
+  return isinstance(name, str) and not name.startswith('#')
+
+
 def _constants(schema: Mapping[str, Any], where: str) -> str:
   _only(schema, where, {'enum', 'type'} if 'enum' in schema else {'const', 'type'})
   values = _list(schema, 'enum', where) if 'enum' in schema else [schema['const']]
@@ -355,6 +408,14 @@ def _list(schema: Mapping[str, Any], key: str, where: str) -> list:
       f'schema at {where}: {key}={schema[key]!r} must be a list with something in it'
     )
   return schema[key]
+
+
+def _names(schema: Mapping[str, Any], key: str, where: str) -> dict[str, None]:
+  """In their order; a set, in which each is looked up."""
+  for name in (names := _list(schema, key, where)):
+    if not isinstance(name, str):
+      raise ValueError(f'schema at {where}: {key} has {name!r}, which is no name; give texts')
+  return dict.fromkeys(names)
 
 
 def _whole(schema: Mapping[str, Any], key: str, where: str) -> int:

@@ -68,7 +68,7 @@ class Guard:
     if without_port(host) not in self._hosts:
       # Else a page elsewhere, whose name was made to point here, could read what is shown.
       raise Refused(421, f'{host[:80]!r} is no name of this server; add it with --hosts')
-    if request.url.path in PAGES:
+    if request.scope['path'] in PAGES:  # not of request.url, which is made of the Host header
       return
     origin = request.headers.get('origin')
     if origin is not None and origin.partition('://')[2] != host:

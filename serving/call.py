@@ -66,6 +66,11 @@ class Call:
       raise ValueError(f'sample_index={index} must be in [0, num_samples={n})')
     if self.regex is not None and self.schema is not None:
       raise ValueError('regex and schema are both given: a text keeps to one of the two')
+    if self.ignore_end and not (self.regex is None and self.schema is None):
+      raise ValueError(
+        'ignore_end: a text that keeps to something has nothing behind its end but that end again; '
+        'leave out one'
+      )
     if self.seconds is not None and not self.seconds > 0:
       raise ValueError(f'seconds={self.seconds} that a call may take must be positive')
     if options.beams > 1:

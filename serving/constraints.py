@@ -66,6 +66,18 @@ class Constraints:
     self._threads.shutdown(wait=False, cancel_futures=True)
 
   def _make(self, what: str, text: str) -> Constraint:
+    try:
+      return self._fitting(what, text)
+    except ValueError as error:
+      refused = str(error)
+    except Exception:
+      with self._lock:  # who asks again may have more luck
+        self._kept.pop((what, text), None)
+      raise
+    # It is kept for who asks the same, with its traceback, which has to have no tables in it.
+    raise ValueError(refused)
+
+  def _fitting(self, what: str, text: str) -> Constraint:
     constraint = Constraint(self._tokenizer, **{what: text})
     (states, classes), sizes = constraint.next.shape, self._sizes
     # One state and one class are those of no constraint.

@@ -102,8 +102,7 @@ class Desk:
 
   def submit(self, call: Call) -> Ticket:
     """See serving.service.Service."""
-    if self.state != calls.READY:
-      raise NotReady(self.state)
+    self._check_ready()
     self._check(call)
     front, ids = self._front(call.options.adapter), self.encoded(call.prompt)
     self._check_room(call, len(ids))
@@ -162,6 +161,7 @@ class Desk:
     """See serving.service.Service."""
     if self._scorer is None:
       raise ValueError('prompt_logprobs: this server scores no prompts')
+    self._check_ready()
     _within('prompt_logprobs', alternatives, self.alternatives)
     adapter = call.options.adapter
     front, ids = self._front(adapter), self.encoded(call.prompt)
@@ -173,11 +173,17 @@ class Desk:
     """See serving.service.Service."""
     if self._embedder is None:
       raise ValueError('this server embeds no texts')
+    self._check_ready()
     rows = [self.encoded(ids) for ids in texts]
     for row in rows:
       self._check_fits(row, adapter)
     job = self._embedder(rows, self._front(adapter))
     return self._submitted(job, 'embedding', sum(map(len, rows)), key=key)
+
+  def _check_ready(self) -> None:
+    """Raises NotReady, before anything is asked of an engine that is not there."""
+    if self.state != calls.READY:
+      raise NotReady(self.state)
 
   def _check_fits(self, ids: Sequence[int], adapter: str) -> None:
     if len(ids) > (most := self.longest(adapter)):
@@ -186,8 +192,6 @@ class Desk:
       )
 
   def _submitted(self, job: Job, kind: str, tokens: int, **more: Any) -> Future:
-    if self.state != calls.READY:
-      raise NotReady(self.state)
     made = self._jobs.submit(job, kind, tokens, **more)
     self._woken()
     return made

@@ -6,8 +6,10 @@ from decode.embedder import Embedder, check_pooling
 from decode.front import Front
 from decode.loaded import LoadedModel
 from decode.sizes import Request, Sizes, Use, lengths_to
+from serving.call import CLOSED, NotReady
 from serving.jobs import Job
 
+NONE_OF = 'pages', 'host_pages', 'lookup', 'cache_dtype'  # of Sizes, for what is written
 WRITES_NOTHING = 'this model is an encoder, which writes nothing; ask /v1/embeddings'
 
 
@@ -21,6 +23,9 @@ class EncoderRows:
     """Raises ValueError for what an encoder does not do."""
     if scores:
       raise ValueError('prompt_logprobs of an encoder, which writes nothing; leave it out')
+    for name in NONE_OF:
+      if value := getattr(sizes, name):
+        raise ValueError(f'{name}={value!r} of an encoder, which writes nothing; leave it out')
     check_pooling(pooling, causal=False)
     self.sizes, self._model, self._pooling = sizes, model, pooling
     self.free: list[int] = []
@@ -44,7 +49,10 @@ class EncoderRows:
 
   def embedded(self, texts: Sequence[Sequence[int]], front: Front) -> Job:
     """See decode.embedder.Embedder."""
-    return self._embedder(texts, front)
+    embedder = self._embedder  # which may end now
+    if embedder is None:
+      raise NotReady(CLOSED)
+    return embedder(texts, front)
 
   def check(self, request: Request) -> None:
     raise ValueError(WRITES_NOTHING)

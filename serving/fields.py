@@ -2,12 +2,16 @@
 is refused with its name, the value and the remedy, in the form that OpenAI's clients read.
 """
 
+import collections
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SHOWN = 80  # characters of a value that an error repeats
+MOST_DEEP = 200  # levels of a body; beyond some hundreds what goes through them has no stack left
+TOO_DEEP = f'the body is nested too deep: it has at most {MOST_DEEP} levels; make it flatter'
 
 # What a field's check gives, of its name and its value.
 Check = Callable[[str, Any], Any]
@@ -52,30 +56,43 @@ def parsed(content: bytes) -> dict:
   except UnicodeDecodeError as error:
     raise Denied(f'the body is not UTF-8, from byte {error.start} on') from error
   try:
-    values = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    values = json.loads(text, object_pairs_hook=_once, parse_constant=no_number)
     if '\\u' in text:
       json.dumps(values, ensure_ascii=False).encode()
   except RecursionError as error:
-    raise Denied('the body is nested too deep') from error
+    raise Denied(TOO_DEEP) from error
   except UnicodeEncodeError as error:
     raise Denied('the body has half of a character (a lone surrogate): no text has that') from error
   except ValueError as error:
     raise Denied(f'the body is no JSON: {error}') from error
   if not isinstance(values, dict):
     raise Denied(f'the body is {type_of(values)}; give an object')
+  check_deep(values)
   return values
+
+
+def check_deep(values: Any) -> None:
+  """Raises Denied for a value of JSON of more levels than MOST_DEEP."""
+  level, deep = [values], 0
+  while level := [each for each in level if isinstance(each, (dict, list))]:
+    deep += 1
+    if deep > MOST_DEEP:
+      raise Denied(TOO_DEEP)
+    inner = (each.values() if isinstance(each, dict) else each for each in level)
+    level = [*itertools.chain.from_iterable(inner)]
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict:
   values = dict(pairs)
   if len(values) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
+    counts = collections.Counter(name for name, _ in pairs)
+    ((twice, _),) = counts.most_common(1)
     raise ValueError(f'{shown(twice)} is there twice')
   return values
 
 
-def _no_number(name: str) -> None:
+def no_number(name: str) -> None:
+  """Of what Python reads as a number, and JSON does not have. Raises ValueError."""
   raise ValueError(f'{name} is no number of JSON')
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -28,11 +29,15 @@ log = logging.getLogger(__name__)
 
 LEAST_KEY = 16  # characters
 PATIENCE = 60.0  # seconds in which a body has to come, and a piece of an answer has to be taken
+AGAIN = 5.0  # seconds after which who was not served may try again
 GONE = 499  # the status in the log of who went before there was an answer; nginx's word
 # What balancers and clusters ask: without a key, and by an address instead of a name. Nothing of it
 # is a secret.
 PROBES = frozenset({'/health', '/ping', '/v2/health/ready', '/v2/health/live'})
 HEADERS = {'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
+# A name or an address, perhaps with a port. What has more, a path for one, is read by some as a
+# part of what is asked for.
+HOST = re.compile(r'(\[[0-9a-f:.]+\]|[\w.-]*)(:[0-9]*)?', re.ASCII | re.IGNORECASE)
 
 
 class ApiKeys:
@@ -149,8 +154,9 @@ class ServerGuard:
       access.info('%s', json.dumps(line | said))
 
   def _check(self, request: Request, state: dict) -> None:
-    _check_framing(request)
-    if request.url.path in PROBES:
+    _check_head(request)
+    path = request.scope['path']  # and not that of request.url, which is made of the Host header
+    if path in PROBES:
       return
     host = request.headers.get('host', '')
     if '*' not in self._hosts and without_port(host) not in self._hosts:
@@ -161,7 +167,7 @@ class ServerGuard:
     origin = request.headers.get('origin')
     if origin is not None and origin.partition('://')[2].lower() != host.lower():
       raise Denied('another page calls, and there is no sharing between', status=403)
-    if self._keys is None or request.url.path in self._open:
+    if self._keys is None or path in self._open:
       return
     scheme, _, given = request.headers.get('authorization', '').partition(' ')
     name = self._keys.name(given.strip()) if scheme.lower() == 'bearer' else None
@@ -195,23 +201,32 @@ class ServerGuard:
     return bytes(content)
 
 
-def _check_framing(request: Request) -> None:
+def _check_head(request: Request) -> None:
   """Raises Denied for a head that a proxy in front might read otherwise than this server: where a
-  body ends, and for whom it is, is said once.
+  body ends, and for whom it is, is said once, and plainly.
   """
   lengths = request.headers.getlist('content-length')
   encodings = request.headers.getlist('transfer-encoding')
   if len(lengths) + len(encodings) > 1:
     raise Denied('Content-Length and Transfer-Encoding: give one of them, once', code='framing')
-  if len(request.headers.getlist('host')) > 1:
+  hosts = request.headers.getlist('host')
+  if len(hosts) > 1:
     raise Denied('Host is given more than once', code='framing')
+  if hosts and not HOST.fullmatch(hosts[0]):
+    raise Denied(
+      f'Host: {hosts[0][:80]!r} is no name or address with a port or without; send one',
+      code='framing',
+    )
 
 
 def refusal(error: Denied, path: str) -> JSONResponse:
   """As a client of OpenAI's reads it; on KServe's paths, as its clients do."""
   headers = {}
-  if error.retry_after is not None:
-    headers['Retry-After'] = str(max(1, round(error.retry_after)))
+  after = error.retry_after
+  if after is None and error.status == 503:
+    after = AGAIN
+  if after is not None:
+    headers['Retry-After'] = str(max(1, round(after)))
   if error.status == 401:
     headers['WWW-Authenticate'] = 'Bearer'
   if error.status in (408, 413) or error.code == 'framing':

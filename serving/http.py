@@ -4,7 +4,6 @@ uvicorn.run(app(service, Served(name='chat'), hosts=['localhost']))
 """
 
 import asyncio
-import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
@@ -94,22 +93,23 @@ def called(call: Callable[[Request], Awaitable[Response]]):
     try:
       return await call(request)
     except Denied as error:
-      return refusal(error, request.url.path)
+      return refusal(error, request.scope['path'])
 
   return answer
 
 
 async def _not_found(request: Request, error: HTTPException) -> Response:
+  path = request.scope['path']
   if error.status_code == 404:
-    return refusal(wire.unsupported_path(request.url.path), request.url.path)
-  refused = Denied(f'{request.method} {request.url.path[:80]}: {error.detail}')
+    return refusal(wire.unsupported_path(path), path)
+  refused = Denied(f'{request.method} {path[:80]}: {error.detail}')
   refused.status = error.status_code
-  return refusal(refused, request.url.path)
+  return refusal(refused, path)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
   refused = Denied('a fault of the server; its log says more', status=500)
-  return refusal(refused, request.url.path)
+  return refusal(refused, request.scope['path'])
 
 
 class Api:
@@ -142,21 +142,24 @@ class Api:
 
   async def tokenize(self, request: Request) -> Response:
     """Ids of a text, or of a chat, as a model reads them."""
-    given = wire.tokens(parsed(request.state.body))
-    self.reader.adapter(given)
+    return await asyncio.to_thread(self._tokenized, request.state.body)
 
-    def ids():
-      if 'messages' in given:
-        return self.reader.chat_ids(given['messages'])
-      return self.service.encoded(given['prompt'])
-
+  def _tokenized(self, body: bytes) -> Response:
+    given = wire.tokens(parsed(body))
+    adapter = self.reader.adapter(given)
     with refusing():
-      made = await asyncio.to_thread(ids)
-    most = self.service.longest(self.reader.adapter(given))
-    return JSONResponse({'tokens': made, 'count': len(made), 'max_model_len': most})
+      if 'messages' in given:
+        ids = self.reader.chat_ids(given['messages'])
+      else:
+        ids = self.service.encoded(given['prompt'])
+    most = self.service.longest(adapter)
+    return JSONResponse({'tokens': ids, 'count': len(ids), 'max_model_len': most})
 
   async def detokenize(self, request: Request) -> Response:
-    given = wire.DETOKENIZE('', parsed(request.state.body))
+    return await asyncio.to_thread(self._detokenized, request.state.body)
+
+  def _detokenized(self, body: bytes) -> Response:
+    given = wire.DETOKENIZE('', parsed(body))
     self.reader.adapter(given)
     with refusing():
       return JSONResponse({'prompt': self.service.tokenizer.decode(given['tokens'])})
@@ -164,13 +167,16 @@ class Api:
   async def embeddings(self, request: Request) -> Response:
     """Vectors of texts."""
     state, service = request.state, self.service
-    made = functools.partial(AskedEmbeddings, parsed(state.body), service, self.reader)
-    asked = await asyncio.to_thread(made)
+
+    def read() -> AskedEmbeddings:
+      return AskedEmbeddings(parsed(state.body), service, self.reader)
+
+    asked = await asyncio.to_thread(read)
     try:
       with refusing():
-        vectors = service.embed(asked.texts, asked.adapter, state.key)
+        vectors = await asyncio.to_thread(service.embed, asked.texts, asked.adapter, state.key)
       async with watched(request.receive, [vectors], state.log):
-        answer = asked.answer(await came(vectors, service))
+        answer = await asyncio.to_thread(asked.answer, await came(vectors, service))
     except (NotReady, QueueFull) as error:
       raise unserved(error) from error
     except Gone:

@@ -16,6 +16,7 @@ from typing import Any
 
 from data.chat import ChatTemplate
 from data.tokenizer import Tokenizer
+from serving.fields import no_number
 
 THINK = ('<think>', '</think>')
 CALL = ('<tool_call>', '</tool_call>')
@@ -199,14 +200,14 @@ def _certain(text: str, mark: str) -> int:
 def _parsed(text: str) -> Any:
   """None for what is no JSON."""
   try:
-    return json.loads(text, parse_constant=_no_number)
+    return json.loads(text, parse_constant=no_number)
   except (ValueError, RecursionError):
     return None
 
 
 def _values(text: str) -> Iterator[tuple[Any, int]]:
   """Values of JSON that stand one behind another, each with where it ends; until there is none."""
-  decoder, place = json.JSONDecoder(parse_constant=_no_number), 0
+  decoder, place = json.JSONDecoder(parse_constant=no_number), 0
   while place < len(text):
     place += len(text[place:]) - len(text[place:].lstrip('; \t\r\n'))
     try:
@@ -214,10 +215,6 @@ def _values(text: str) -> Iterator[tuple[Any, int]]:
     except (ValueError, RecursionError):
       return
     yield value, place
-
-
-def _no_number(name: str) -> None:
-  raise ValueError(f'{name} is no number of JSON')
 
 
 def made_call(said: Any, key: str, names: tuple[str, ...]) -> dict | None:

@@ -5,7 +5,6 @@ asked = reader.chat(parsed(body), key='')     # or completion; Denied, with the 
 """
 
 import dataclasses
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -99,10 +98,10 @@ class Reader:
   def _variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
     """Of the template, that a request gives. Raises Denied for those that it does not read."""
     variables = given.get('chat_template_kwargs', {})
-    source = '' if self.template is None else self.template.source
+    read = () if self.template is None else self.template.reads
     for name in variables:
       place = f'chat_template_kwargs.{name}'
-      if name in RENDERED or not re.search(rf'\b{re.escape(name)}\b', source):
+      if name in RENDERED or name not in read:
         raise Denied(f'{place[:SHOWN]}: the chat template reads no such variable', place[:SHOWN])
     return dict(variables)
 
@@ -252,6 +251,7 @@ NAMES = {
   'max_new_tokens': 'max_tokens',
   'num_samples': 'n',
   'ids of a bias': 'logit_bias',
+  'ignore_end': 'ignore_eos',
 }
 
 

@@ -154,11 +154,17 @@ class EngineRows:
 
   def scored(self, ids: Sequence[int], front: Front, alternatives: int) -> Job:
     """See decode.scorer.PromptScorer."""
-    return self._scorer(self.model.model, ids, front, alternatives)
+    scorer = self._scorer  # which may end now
+    if scorer is None:
+      raise NotReady(CLOSED)
+    return scorer(self.model.model, ids, front, alternatives)
 
   def embedded(self, texts: Sequence[Sequence[int]], front: Front) -> Job:
     """See decode.embedder.Embedder."""
-    return self._embedder(texts, front)
+    embedder = self._embedder  # which may end now
+    if embedder is None:
+      raise NotReady(CLOSED)
+    return embedder(texts, front)
 
   @property
   def free(self) -> list[int]:

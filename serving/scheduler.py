@@ -288,8 +288,12 @@ class Scheduler:
         try:
           request = dataclasses.replace(sample.request, constraint=made.result())
           sample.request = request
-        except Exception as error:
+        except ValueError as error:
           self._end(sample, FAILED, Failure(kind=calls.INVALID, message=str(error)))
+        except Exception as error:
+          log.error('a constraint could not be made', exc_info=error)
+          message = f'what it keeps to could not be made ({type(error).__name__}); ask again'
+          self._end(sample, FAILED, Failure(kind=calls.BROKEN, message=message))
 
   def _admit(self, now: float) -> None:
     """Free rows are taken."""

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from decode.constrain import Constraint, NoRoom
+from decode.constrain import Constraint
 from decode.loaded import LoadedModel
 from decode.loop import Chunk
 from decode.sizes import Request, Sizes
@@ -87,7 +87,11 @@ class LeadingRows(EngineRows):
   def join(self, row: int, request: Request) -> None:
     self.check(request)  # or others would hear of what no row takes
     sampling = jax.tree.map(np.asarray, request.sampling)
-    self._do('join', row, dataclasses.replace(request, sampling=sampling))
+    request = dataclasses.replace(request, sampling=sampling)
+    self._say('join', row, request)
+    # A constraint that no tables take, now or ever, is refused by the others as well.
+    with _ending(but=ValueError):
+      super().join(row, request)
 
   def read(self) -> list[int]:
     return self._do('read')
@@ -146,7 +150,7 @@ class FollowingRows(EngineRows):
       elif name == 'taken':
         self.taken(chunks.popleft())
       elif name == 'join':
-        with contextlib.suppress(NoRoom):  # which process 0 finds as well
+        with contextlib.suppress(ValueError):  # which process 0 finds as well
           self.join(*arguments)
       else:
         getattr(self, name)(*arguments)
@@ -180,11 +184,11 @@ def heed(say: Callable[[str], None]) -> None:
 
 
 @contextlib.contextmanager
-def _ending() -> Iterator[None]:
-  """Within, an error is EngineLost; but that a constraint has to wait, the others find as well."""
+def _ending(but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+  """Within, an error is EngineLost. but: errors that the others find as well."""
   try:
     yield
-  except NoRoom:
+  except but:
     raise
   except Exception as error:
     raise EngineLost(LOST.format(hosts.count())) from error

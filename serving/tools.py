@@ -10,7 +10,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serving.fields import Denied, boolean, json_object, mapping, one_of, text, wrong
+from serving.fields import (
+  TOO_DEEP,
+  Denied,
+  boolean,
+  check_deep,
+  json_object,
+  mapping,
+  no_number,
+  one_of,
+  text,
+  wrong,
+)
 from serving.parts import CALL, FORCED
 
 SEVERAL = 8  # calls that a text which has to be calls holds at most
@@ -61,8 +72,11 @@ def readable(messages: Sequence[Mapping]) -> list[dict]:
 def _call(i: int, call: Mapping) -> dict:
   place = f'messages[{i}].tool_calls'
   try:
-    arguments = json.loads(call['function']['arguments'])
-  except (ValueError, RecursionError) as error:
+    arguments = json.loads(call['function']['arguments'], parse_constant=no_number)
+    check_deep(arguments)
+  except RecursionError as error:
+    raise Denied(TOO_DEEP, place) from error
+  except ValueError as error:
     raise Denied(f'{place}: arguments are no JSON: {error}', place) from error
   return {**call, 'function': {**call['function'], 'arguments': arguments}}
 
@@ -100,6 +114,14 @@ class Tools:
     if choice == 'none':
       return None
     if choice == 'auto':
+      for i, tool in enumerate(tools):
+        if tool['function'].get('strict'):
+          place = f'tools[{i}].function.strict'
+          raise Denied(
+            f'{place} with tool_choice=auto, where a text may be what it likes and calls are not '
+            'kept to parameters; give tool_choice=required, or leave strict out',
+            place,
+          )
       if not form:
         raise Denied(
           'tool_choice=auto: the chat template of this model shows it no tools, or writes calls in '
@@ -141,7 +163,8 @@ class Tools:
         'type': 'object',
         'properties': {
           'name': {'const': tool['function']['name']},
-          'arguments': tool['function'].get('parameters', NO_PARAMETERS),
+          # A document of its own, in which its references are looked up.
+          'arguments': tool['function'].get('parameters', NO_PARAMETERS) | {'$id': 'parameters'},
         },
         'required': ['name', 'arguments'],
         'additionalProperties': False,

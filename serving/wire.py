@@ -3,6 +3,7 @@ not supported, is refused by its name, and none is passed over.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ MESSAGES = 4096
 SECONDS = 86_400.0
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 LAST = 2**31 - 1
+ID = re.compile('0|[1-9][0-9]{0,8}')
 
 # What clients know, and why there is none of it here.
 REFUSED = {
@@ -120,7 +122,7 @@ def _bias(name: str, value: Any) -> dict[int, float]:
     raise wrong(name, value, 'an object of ids and numbers, as {"13": -1.5}')
   biases = {}
   for key, each in value.items():
-    if not (key.isascii() and key.isdecimal() and len(key) < 10):
+    if not ID.fullmatch(key):  # as it is written alone, so that none is there twice
       raise Denied(f'{name} has the name {shown(key)}, which is no id of a token', name)
     biases[int(key)] = number('must be in [-100, 100]', lambda x: abs(x) <= 100)(
       f'{name}.{key}', each

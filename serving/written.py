@@ -27,8 +27,6 @@ from serving.service import Service
 from serving.ticket import Ticket
 from serving.wire import AskedCall
 
-AGAIN = 5.0  # seconds after which who was not served may try again
-
 # What a request asks for, and the answer's form, of the one that OpenAI has.
 Asked = tuple[AskedCall, Callable[[dict], dict]]
 
@@ -182,7 +180,7 @@ def _check_served(
 def unserved(error: NotReady | QueueFull) -> Denied:
   if isinstance(error, QueueFull):
     return Denied(str(error), status=429, code='queue_full', retry_after=error.retry_after)
-  return Denied(str(error), status=503, code=error.state, retry_after=AGAIN)
+  return Denied(str(error), status=503, code=error.state)
 
 
 def sse(said: dict) -> bytes:

@@ -63,17 +63,20 @@ def test_kind_axes_and_bytes(kind, mesh):
   assert found.size == (4 if len(axes) == 2 else 2)
 
 
-COMBINED = """
+OPERANDS = 'bf16[32,256]{1,0}, bf16[64,256]{1,0}'
+RESULTS = 'bf16[256,256]{1,0}, bf16[512,256]{1,0}'
+COMBINED = f"""
 HloModule m, is_scheduled=true, num_partitions=8
 
-ENTRY %main (a: bf16[32,256], b: bf16[64,256]) -> bf16[256,256] {
-  %a = bf16[32,256]{1,0} parameter(0)
-  %b = bf16[64,256]{1,0} parameter(1)
-  %start = ((bf16[32,256]{1,0}, bf16[64,256]{1,0}), (bf16[256,256]{1,0}, bf16[512,256]{1,0})) all-gather-start(%a, %b), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, use_global_device_ids=true, channel_id=1
-  %done = (bf16[256,256]{1,0}, bf16[512,256]{1,0}) all-gather-done(%start)
-  ROOT %first = bf16[256,256]{1,0} get-tuple-element(%done), index=0
-}
-"""  # noqa: E501
+ENTRY %main (a: bf16[32,256], b: bf16[64,256]) -> bf16[256,256] {{
+  %a = bf16[32,256]{{1,0}} parameter(0)
+  %b = bf16[64,256]{{1,0}} parameter(1)
+  %start = (({OPERANDS}), ({RESULTS})) all-gather-start(%a, %b), channel_id=1, \
+replica_groups={{{{0,1,2,3,4,5,6,7}}}}, dimensions={{0}}, use_global_device_ids=true
+  %done = ({RESULTS}) all-gather-done(%start)
+  ROOT %first = bf16[256,256]{{1,0}} get-tuple-element(%done), index=0
+}}
+"""
 
 
 def test_gathers_that_are_one_count_together():

@@ -5,8 +5,16 @@ import pytest
 from data import tokenizers
 from decode import constrain, schema as schemas
 from decode.constrain import Constraint
+from tests.decode.automata import all_plain, made_here
 
 BYTES = tokenizers.ByteTokenizer()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def here():
+  with made_here():
+    yield
+
 
 # pattern, texts that node's /^...$/u accepts, texts that it does not
 CASES = [
@@ -43,7 +51,7 @@ def accepts(constraint, text):
 
 @pytest.mark.parametrize('pattern, valid, invalid', CASES, ids=lambda x: str(x)[:20])
 def test_patterns_mean_what_ecma_says(pattern, valid, invalid, monkeypatch):
-  monkeypatch.setattr(constrain, '_plain', lambda regex: True)  # \n stands for itself here
+  monkeypatch.setattr(constrain, '_plain', all_plain)  # \n stands for itself here
   constraint = Constraint(BYTES, schema={'type': 'string', 'pattern': f'^{pattern}$'})
   for text in valid:
     assert accepts(constraint, f'"{text}"'), text
@@ -74,7 +82,7 @@ def test_patterns_mean_what_ecma_says(pattern, valid, invalid, monkeypatch):
 )
 def test_what_cannot_be_said_is_refused_by_its_name(pattern, words):
   with pytest.raises(ValueError, match=f'schema at #: pattern=.*{words}'):
-    schemas.to_regex({'type': 'string', 'pattern': f'^{pattern}$'}, lambda regex: True)
+    schemas.to_regex({'type': 'string', 'pattern': f'^{pattern}$'}, all_plain)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +107,7 @@ def test_what_cannot_be_said_is_refused_by_its_name(pattern, words):
 )
 def test_what_is_no_json_is_refused(schema, words):
   with pytest.raises(ValueError, match=words):
-    schemas.to_regex(schema, lambda regex: True)
+    schemas.to_regex(schema, all_plain)
 
 
 def test_a_schema_without_end_is_refused():
@@ -107,15 +115,16 @@ def test_a_schema_without_end_is_refused():
   for _ in range(5000):
     nested = {'type': 'array', 'items': nested}
   with pytest.raises(ValueError, match='nested deeper'):
-    schemas.to_regex(nested, lambda regex: True)
+    schemas.to_regex(nested, all_plain)
 
 
 def test_a_property_that_is_false_is_never_there():
   regex = schemas.to_regex(
-    {'type': 'object', 'properties': {'a': False, 'b': {'type': 'null'}}}, lambda regex: True
+    {'type': 'object', 'properties': {'a': False, 'b': {'type': 'null'}}},
+    all_plain,
   )
   assert regex == schemas.to_regex(
-    {'type': 'object', 'properties': {'b': {'type': 'null'}}}, lambda regex: True
+    {'type': 'object', 'properties': {'b': {'type': 'null'}}}, all_plain
   )
 
 
@@ -125,6 +134,8 @@ def test_sizes_beyond_a_bound_are_refused_before_anything_is_built():
     {'schema': {'type': 'array', 'items': {'type': 'string', 'maxLength': 99}, 'maxItems': 99}},
     {'schema': {'type': 'string', 'minLength': 10**30}},
     {'regex': 'a{99999999}'},
+    {'regex': 'a{ 9999 }'},
+    {'regex': 'a{,9999}'},
     {'regex': r'((?:[^]x]\{b){100}){100}'},
   ):
     with pytest.raises(ValueError, match=r'places .* of at most 6,144 .*: lower .*max_new_tokens'):

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from decode import ecma, schema as schemas
+from tests.decode.automata import all_plain
 
 
-def regex_of(schema, plain=lambda regex: True):
+def regex_of(schema, plain=all_plain):
   return schemas.to_regex(schema, plain)
 
 
@@ -230,7 +231,76 @@ def test_what_cannot_be_kept_raises(schema, words):
 
 def test_a_pattern_that_json_must_escape_raises():
   with pytest.raises(ValueError, match=r"pattern='\^\.\*\$' accepts"):
-    regex_of({'type': 'string', 'pattern': '^.*$'}, plain=lambda regex: regex != ecma.to_rust('.*'))
+    regex_of(
+      {'type': 'string', 'pattern': '^.*$'},
+      plain=lambda regexes: [each != ecma.to_rust('.*') for each in regexes],
+    )
+
+
+def test_patterns_are_asked_for_once_together():
+  asked = []
+
+  def plain(regexes):
+    asked.append(list(regexes))
+    return [each != 'c' for each in regexes]
+
+  texts = [{'type': 'string', 'pattern': f'^{letter}$'} for letter in 'abacab']
+  with pytest.raises(ValueError, match=r"at #/anyOf/3: pattern='\^c\$' accepts"):
+    regex_of({'anyOf': texts}, plain)
+  assert asked == [['a', 'b', 'c']]
+
+
+def doubled(levels, double):
+  """A schema of few characters, and what stands in it 2 to the power of levels times."""
+  schema = {'type': 'null'}
+  for _ in range(levels):
+    schema = double(schema)
+  return schema
+
+
+def referred(levels):
+  """The same by references, of which none leads back."""
+  names = [f'#/$defs/{i}' for i in range(levels + 1)]
+  each = {str(i): {'anyOf': [{'$ref': names[i + 1]}] * 2} for i in range(levels)}
+  return {'$ref': names[0], '$defs': each | {str(levels): {'type': 'null'}}}
+
+
+NULL = {'type': 'null'}
+LONG = [
+  doubled(30, lambda inner: {'type': 'object', 'properties': {'a': NULL, 'b': inner}}),
+  doubled(30, lambda inner: {'type': 'array', 'items': inner}),
+  doubled(30, lambda inner: {'type': 'object', 'additionalProperties': inner}),
+  referred(30),
+  {'type': 'object', 'properties': {str(i): NULL for i in range(2000)}},
+]
+
+
+@pytest.mark.parametrize('schema', LONG, ids=range(len(LONG)))
+def test_what_takes_too_much_to_write_is_refused_as_it_is_written(monkeypatch, schema):
+  monkeypatch.setattr(schemas, 'MOST_WRITTEN', 2**17)
+  with pytest.raises(ValueError, match=r'by here .* more than 131,072 characters .*require them'):
+    regex_of(schema)
+
+
+def test_a_schema_with_an_id_is_a_document_of_its_own():
+  def within(color):
+    parts = {'p': {'$ref': '#/$defs/P'}, 'q': {'$ref': '#/properties/p'}}
+    own = {'type': 'object', 'properties': parts, 'required': ['p', 'q']}
+    return own | {'$id': 'x', '$defs': {'P': {'enum': [color]}}}
+
+  places = {'p': {'$ref': '#/$defs/P'}, 'a': within('red'), 'b': within('blue')}
+  schema = {'type': 'object', 'properties': places, 'required': ['p', 'a', 'b']}
+  schema['$defs'] = {'P': NULL}
+  value = {'p': None, 'a': {'p': 'red', 'q': 'red'}, 'b': {'p': 'blue', 'q': 'blue'}}
+  assert accepts(schema, value) and not accepts(schema, value | {'b': value['a']})
+  places['a']['$defs']['P'] = {'$ref': '#/properties/q'}
+  with pytest.raises(ValueError, match="at #/properties/a/properties/p: .*refers to itself"):
+    regex_of(schema)
+
+
+def test_what_is_required_is_names():
+  with pytest.raises(ValueError, match=r'required has \[1\], which is no name; give texts'):
+    regex_of({'type': 'object', 'properties': {'a': NULL}, 'required': [[1]]})
 
 
 def test_a_schema_comes_as_dict_text_or_file(tmp_path):

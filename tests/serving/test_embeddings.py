@@ -99,6 +99,10 @@ def test_an_encoder_is_asked_for_nothing_else(encoder):
   assert encoder.get('/health').json()['status'] == 'ready'
   with pytest.raises(ValueError, match="pooling='max' must be one of mean"):
     Running(generator(False), pooling='max', **SIZES)
+  for name in ('pages', 'host_pages', 'lookup'):
+    given = {'pages': 4, name: 4} if name == 'host_pages' else {name: 4}
+    with pytest.raises(ValueError, match=r'(pages|lookup)=4 of an encoder, which writes nothing'):
+      Running(generator(False), pooling='mean', **SIZES | given)
   with pytest.raises(ValueError, match="pooling='first' of a decoder"):
     check_pooling('first', causal=True)
 

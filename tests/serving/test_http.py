@@ -194,6 +194,10 @@ REFUSED = [
   (COMPLETION | {'prompt_logprobs': 1}, 'prompt_logprobs', '--prompt_logprobs'),
   (COMPLETION | {'logit_bias': {'x': 1}}, 'logit_bias', 'no id'),
   (COMPLETION | {'logit_bias': {'3': 101}}, 'logit_bias.3', '100'),
+  (COMPLETION | {'logit_bias': {'1': 5, '01': -5}}, 'logit_bias', '"01", which is no id'),
+  (COMPLETION | {'ignore_eos': True, 'regex': 'a'}, 'ignore_eos', 'leave out one'),
+  (COMPLETION | {'ignore_eos': True, 'response_format': {'type': 'json_object'}}, 'ignore_eos',
+   'leave out one'),
   (COMPLETION | {'seed': -1}, 'seed', 'integer'),
   (COMPLETION | {'stream_options': {'include_usage': True}}, 'stream_options', 'stream=true'),
   (COMPLETION | {'regex': '('}, None, "can't be used"),
@@ -325,16 +329,22 @@ def test_who_may_not_ask_is_told_why(tmp_path):
     ApiKeys(file)
 
 
+def broken_embedder(texts, front):
+  raise TypeError('an engine that is not there')
+
+
 def test_a_full_queue_and_a_server_that_starts_or_stops_say_when_to_come_again():
   served = service(rows=1, waiting=2)
   with TestClient(app(served, Served(name='m'), hosts=['*'])) as one:
+    served._embedder = broken_embedder  # of an engine that is not there
     full = one.post('/v1/completions', json=COMPLETION | {'n': 3})
     assert full.status_code == 429 and int(full.headers['retry-after']) >= 1
     assert full.json()['error']['type'] == 'rate_limit_error'
     for state in (calls.STARTING, calls.DRAINING, calls.FAILED):
       served.state = state
-      response = one.post('/v1/completions', json=COMPLETION)
-      assert response.status_code == 503 and 'retry-after' in response.headers
+      for path, asked in (('completions', COMPLETION), ('embeddings', {'input': 'x'})):
+        response = one.post(f'/v1/{path}', json=asked)
+        assert response.status_code == 503 and 'retry-after' in response.headers, response.text
       assert one.get('/health').status_code == one.get('/ping').status_code == 503
 
 

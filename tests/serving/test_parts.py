@@ -4,6 +4,7 @@ a stream say of them what the whole says? Of families' forms, as their templates
 
 import dataclasses
 import json
+import re
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -11,10 +12,14 @@ from starlette.testclient import TestClient
 
 from data.chat import ChatTemplate
 from data.tokenizers import ByteTokenizer
+from decode.schema import to_regex
 from serving.fake import SIZES as SMALL, FakeService
+from serving.fields import Denied
 from serving.http import app
 from serving.parts import BARE, FORCED, MARKED, ChatManner, ChatParts, Parted, call_form
+from serving.tools import Tools
 from serving.wire import Served
+from tests.decode.automata import all_plain
 from tests.serving.test_http import TOKENIZER, pieces
 
 NAMES = ('f', 'g')
@@ -176,8 +181,8 @@ def test_a_stream_says_what_the_whole_says(template, text, asked, parts):
 
 def test_what_the_template_does_not_read_is_refused():
   served = FakeService(Templated(QWEN), lambda request: [1])
-  with TestClient(app(served, Served(name='m'), hosts=['*'])) as client:
-    for name in ('thinking', 'messages'):
+  with served.by_itself(), TestClient(app(served, Served(name='m'), hosts=['*'])) as client:
+    for name in ('thinking', 'messages', 'role', 'endfor', 'm', 'tojson', ''):
       asked = ASKED | {'chat_template_kwargs': {name: True}}
       error = client.post('/v1/chat/completions', json=asked).json()['error']
       assert error['param'] == f'chat_template_kwargs.{name}'
@@ -185,3 +190,44 @@ def test_what_the_template_does_not_read_is_refused():
     hidden = Templated(QWEN)
     hidden.control_ids = lambda: {'</think>': 7}
     app(FakeService(hidden), Served(name='m'), hosts=['*'])
+
+
+COLOR = {'type': 'object', 'properties': {'p': {'$ref': '#/$defs/P'}}, 'required': ['p']}
+COLOR['$defs'] = {'P': {'enum': ['red', 'blue']}}
+PERSON = {'type': 'object', 'properties': {'name': {'enum': ['Ann', 'Bob']}}}
+PERSON['properties']['q'] = {'$ref': '#/properties/name'}
+PERSON['required'] = ['name', 'q']
+REFERRING = [
+  {'type': 'function', 'function': {'name': name, 'parameters': parameters}}
+  for name, parameters in (('f', COLOR), ('g', PERSON))
+]
+RIGHT = [
+  {'name': 'f', 'arguments': {'p': 'red'}},
+  {'name': 'g', 'arguments': {'name': 'Ann', 'q': 'Bob'}},
+]
+
+
+@pytest.mark.parametrize('choice', ['required', {'name': 'f'}, {'name': 'g'}])
+@pytest.mark.parametrize('tools', [[0], [1], [0, 1]])
+@pytest.mark.parametrize('several', [False, True])
+def test_references_of_parameters_are_to_their_own_places(choice, tools, several):
+  names = [REFERRING[i]['function']['name'] for i in tools]
+  if choice != 'required' and choice['name'] not in names:
+    return
+  given = {'tools': [REFERRING[i] for i in tools], 'tool_choice': choice}
+  made = Tools.of(given | {'parallel_tool_calls': several}, '')
+  regex = to_regex(made.keeps({})['schema'], all_plain)
+  for call in RIGHT:
+    wrong = call | {'arguments': dict.fromkeys(call['arguments'], 'g')}
+    for each, is_right in ((call, call['name'] in made.names), (wrong, False)):
+      text = json.dumps([each, each] if several else each)
+      assert (re.fullmatch(regex, text) is not None) == is_right, text
+
+
+def test_what_is_strict_has_to_be_asked_for():
+  tools = [TOOLS[0], {'type': 'function', 'function': {'name': 'g', 'strict': True}}]
+  with pytest.raises(Denied, match=r'tools\[1\].function.strict with tool_choice=auto') as refused:
+    Tools.of({'tools': tools}, MARKED)
+  assert refused.value.param == 'tools[1].function.strict'
+  assert Tools.of({'tools': tools, 'tool_choice': 'required'}, MARKED).forced == ('f', 'g')
+  assert Tools.of({'tools': tools, 'tool_choice': 'none'}, MARKED) is None

@@ -5,16 +5,19 @@ breaks? Is no row lost or freed twice, is every bound kept, and does cancelling 
 import asyncio
 import concurrent.futures
 import dataclasses
+import gc
 import itertools
+import weakref
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from data.tokenizers import ByteTokenizer
 from decode.options import Options
-from serving import call as calls
+from serving import call as calls, constraints
 from serving.call import Call, Limits, NotReady, QueueFull
 from serving.fake import SIZES, FakeService
 
@@ -284,6 +287,8 @@ def test_a_constraint_is_made_beside_and_its_mistake_is_its_own(monkeypatch):
     (dict(options=dict(lookup=2)), 'lookup: what drafts is a setting of the server'),
     (dict(options=dict(cache_dtype='int8')), "cache_dtype='int8' is a setting of the server"),
     (dict(options=dict(num_samples=2), sample_index=2), r'sample_index=2 must be in \[0'),
+    (dict(regex='a', ignore_end=True), 'ignore_end: .* leave out one'),
+    (dict(schema={}, ignore_end=True), 'ignore_end: .* leave out one'),
     (dict(seconds=0.0), 'seconds=0.0 that a call may take'),
   ],
 )
@@ -394,3 +399,40 @@ Anything.TestCase.settings = hypothesis.settings(
   max_examples=40, stateful_step_count=40, deadline=None
 )
 TestAnything = Anything.TestCase
+
+
+def test_a_refused_constraint_is_kept_without_its_tables(monkeypatch):
+  tables = []
+
+  class Large:
+    def __init__(self, tokenizer, **given):
+      self.next = np.zeros((SIZES.states, 2), np.int8)
+      tables.append(weakref.ref(self))
+
+  monkeypatch.setattr(constraints, 'Constraint', Large)
+  served = service()
+  made = served._constraints.made(call(regex='a'))
+  with pytest.raises(ValueError, match='states and tells 2 classes'):
+    made.result(5)
+  assert served._constraints.made(call(regex='a')) is made and len(tables) == 1
+  gc.collect()
+  assert tables[0]() is None
+
+
+def test_a_constraint_that_could_not_be_made_is_made_anew_and_is_no_fault_of_who_asks(monkeypatch):
+  def broken(tokenizer, **given):
+    raise RuntimeError('a secret of this machine')
+
+  monkeypatch.setattr(constraints, 'Constraint', broken)
+  served = service()
+  first = served._constraints.made(call(regex='a'))
+  with pytest.raises(RuntimeError):
+    first.result(5)
+  again = served._constraints.made(call(regex='a'))
+  assert again is not first
+  ticket = served.submit(call(regex='b'))
+  while not ticket.done:
+    served.step()
+  (event,) = events(ticket)
+  assert event.error.kind == calls.BROKEN and 'RuntimeError' in event.error.message
+  assert 'secret' not in event.error.message

@@ -16,7 +16,8 @@ import pytest
 from decode.constrain import Constraint
 from decode.sampling import make_sampling
 from decode.sizes import Request
-from serving.several import HeardCalls, Sent
+from serving.call import EngineLost
+from serving.several import HeardCalls, LeadingRows, Sent
 from tests.test_commands import Process
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -201,3 +202,19 @@ def test_a_message_makes_no_other_objects():
 
   with pytest.raises(pickle.UnpicklingError, match='has a posix.system'):
     HeardCalls().unpacked(pickle.dumps(('join', Harm())))
+
+
+@pytest.mark.parametrize('error, expected', [(ValueError, ValueError), (OSError, EngineLost)])
+def test_a_request_that_no_tables_take_is_the_end_of_that_request_alone(error, expected):
+  class Refusing:
+    def check(self, request):
+      pass
+
+    def join(self, row, request):
+      raise error('a constraint is over 300 ids')
+
+  rows, said = LeadingRows.__new__(LeadingRows), []
+  rows._engine, rows._say = Refusing(), lambda *message: said.append(message)
+  with pytest.raises(expected):
+    rows.join(0, Request([1], 1, make_sampling(1)))
+  assert [message[:2] for message in said] == [('join', 0)]

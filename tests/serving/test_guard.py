@@ -1,0 +1,127 @@
+"""Does a hostile head, or body, get no more than an answer that refuses it?"""
+
+import asyncio
+import json
+import time
+
+import pytest
+from starlette.datastructures import URL
+from starlette.requests import HTTPConnection
+from starlette.testclient import TestClient
+
+from serving import http
+from serving.fields import MOST_DEEP, Denied, parsed
+from serving.guard import ApiKeys, refusal
+from serving.http import app
+from serving.wire import Served
+from tests.serving.test_http import CHAT, KEY, service
+
+
+def guarded(tmp_path, hosts):
+  """A client of a server with keys."""
+  file = tmp_path / 'keys'
+  file.write_text(f'ann {KEY}\n')
+  made = app(service(), Served(name='m'), hosts=hosts, keys=ApiKeys(file))
+  return TestClient(made, raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize('host', ['evil.example/health?', 'x/health#', '[', 'a b', 'x@y', '[::1'])
+@pytest.mark.parametrize('hosts', [['testserver'], ['*']])
+def test_a_host_that_is_no_name_is_refused(tmp_path, monkeypatch, host, hosts):
+  """Also where Starlette makes a URL of it, as it did before 1.10."""
+  url = property(lambda self: URL(f'http://{self.headers["host"]}{self.scope["path"]}'))
+  monkeypatch.setattr(HTTPConnection, 'url', url)
+  with guarded(tmp_path, hosts) as one:
+    for path in ('/tokenize', '/health', '/nothing'):
+      refused = one.post(path, json={'prompt': 'x'}, headers={'Host': host})
+      assert refused.status_code == 400 and refused.headers['connection'] == 'close'
+      assert 'is no name or address' in refused.json()['error']['message']
+
+
+def test_what_is_asked_is_not_read_from_the_host(tmp_path, monkeypatch):
+  monkeypatch.setattr(HTTPConnection, 'url', property(lambda self: URL('http://x/health')))
+  with guarded(tmp_path, ['testserver']) as one:
+    assert one.post('/tokenize', json={'prompt': 'x'}).status_code == 401
+    keyed = {'Authorization': f'Bearer {KEY}'}
+    assert '/nothing' in one.get('/nothing', headers=keyed).json()['error']['message']
+    assert isinstance(one.get('/v2/models/x', headers=keyed).json()['error'], str)  # KServe's form
+    for host in ('[::1]:80', 'TestServer', 'testserver:8000', ''):
+      status = one.get('/v1/models', headers=keyed | {'Host': host}).status_code
+      assert status == (200 if 'server' in host.lower() else 421)
+
+
+def test_a_body_is_read_in_time_that_grows_with_it():
+  names = ','.join(f'"{i}":1' for i in range(60_000))
+  began = time.process_time()
+  with pytest.raises(Denied, match='"59999" is there twice'):
+    parsed(f'{{{names},"59999":2}}'.encode())
+  assert time.process_time() - began < 1
+
+
+def of_levels(count):
+  return '[' * count + ']' * count
+
+
+TOOL = '{"type": "function", "function": {"name": "f", "parameters": {"a": %s}}}'
+CALL = '{"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", '
+CALL += '"arguments": "%s"}}]}'
+MESSAGES = json.dumps(CHAT['messages'])
+
+
+@pytest.mark.parametrize('levels', [MOST_DEEP + 1, 960, 980, 985, 5000])
+@pytest.mark.parametrize(
+  'path, body',
+  [
+    ('/v1/completions', '{"prompt": %s}'),
+    ('/v1/completions', '{"prompt": "x", "foo": %s}'),
+    ('/tokenize', '{"prompt": %s}'),
+    ('/detokenize', '{"tokens": %s}'),
+    ('/v1/embeddings', '{"input": %s}'),
+    ('/v2/models/m/infer', '{"inputs": %s}'),
+    ('/v1/chat/completions', f'{{"messages": {MESSAGES}, "chat_template_kwargs": {{"m": %s}}}}'),
+    ('/v1/chat/completions', f'{{"messages": {MESSAGES}, "tools": [{TOOL}]}}'),
+    ('/v1/chat/completions', f'{{"messages": [{CALL}]}}'),
+  ],
+)
+def test_a_body_of_too_many_levels_is_refused(path, body, levels):
+  served = service()
+  made = app(served, Served(name='m'), hosts=['testserver'])
+  with served.by_itself(), TestClient(made, raise_server_exceptions=False) as one:
+    headers = {'Content-Type': 'application/json'}
+    refused = one.post(path, content=body % of_levels(levels), headers=headers)
+    assert refused.status_code == 400 and 'at most 200 levels' in refused.text, refused.text
+
+
+def test_a_call_of_a_message_has_arguments_of_json():
+  served = service()
+  with served.by_itself(), TestClient(app(served, Served(name='m'), hosts=['testserver'])) as one:
+    asked = CHAT | {'messages': [json.loads(CALL % '[NaN]')]}
+    refused = one.post('/v1/chat/completions', json=asked)
+    assert refused.status_code == 400 and 'NaN is no number' in refused.text
+
+
+@pytest.mark.parametrize(
+  'path, body',
+  [
+    ('/tokenize', {'prompt': 'x'}),
+    ('/detokenize', {'tokens': [70]}),
+    ('/v1/embeddings', {'input': [[5, 6]]}),
+    ('/v1/completions', {'prompt': 'x', 'max_tokens': 1}),
+  ],
+)
+def test_bodies_are_read_beside_the_event_loop(monkeypatch, path, body):
+  def in_thread(content):
+    with pytest.raises(RuntimeError, match='no running'):
+      asyncio.get_running_loop()
+    return parsed(content)
+
+  monkeypatch.setattr(http, 'parsed', in_thread)
+  served = service()
+  with served.by_itself(), TestClient(app(served, Served(name='m'), hosts=['testserver'])) as one:
+    assert one.post(path, json=body).status_code == 200
+
+
+def test_who_is_not_served_now_hears_when_to_come_again():
+  """Whatever it is that ends: a call, an embedding, a score."""
+  assert refusal(Denied('the server ends', status=503, code='device'), '/v1').headers['retry-after']
+  assert 'retry-after' not in refusal(Denied('no', status=500), '/v1').headers
