@@ -15,6 +15,9 @@ import names
 from data.tokenizer import CUT, Tokenizer
 
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
+# The day that templates have in prepared data (strftime_now), whenever that is prepared: one key is
+# the same bytes. Llama 3's have it where they are told no other.
+PREPARED_DAY = datetime.datetime(2024, 7, 26)
 _NONCE = secrets.token_hex(16)  # no message can hold what can't be guessed
 _OPEN, _CLOSE = f'<{_NONCE}', f'{_NONCE}>'
 
@@ -26,24 +29,32 @@ class ChatTemplate:
   Args:
     source: the Jinja text.
     variables: what it may name besides messages, such as bos_token.
+    day: what the template takes for today; None: what is.
 
   Attributes:
     marks_generation: whether {% generation %} blocks tell what the assistant wrote,
       see `render_with_spans`.
+    reads: names of the variables that it reads.
 
   Raises:
     ValueError: source is '' or no valid template.
   """
 
-  def __init__(self, source: str, variables: Mapping[str, object] | None = None):
-    import jinja2
+  def __init__(
+    self,
+    source: str,
+    variables: Mapping[str, object] | None = None,
+    day: datetime.datetime | None = None,
+  ):
+    import jinja2.meta
 
     if not source.strip():
       raise ValueError('the chat template is empty: give its Jinja text')
     self.source, self.variables = source, dict(variables or {})
-    environment = _environment()
+    environment = _environment(day)
     try:
       self._template = environment.from_string(source)
+      self.reads = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
     except jinja2.TemplateSyntaxError as error:
       raise ValueError(f'line {error.lineno} of the chat template: {error.message}') from error
     except (RecursionError, ValueError, SyntaxError, MemoryError) as error:
@@ -102,9 +113,11 @@ class ChatTemplate:
   def _render(
     self, messages, add_generation_prompt: bool, variables: dict
   ) -> tuple[str, list[tuple[int, int]]]:
-    given = {'tools': None, 'documents': None} | self.variables | variables
     data = _plain(
-      {**given, 'messages': _checked(messages), 'add_generation_prompt': add_generation_prompt}
+      {'tools': None, 'documents': None}
+      | self.variables
+      | variables
+      | {'messages': _checked(messages), 'add_generation_prompt': add_generation_prompt}
     )
     try:
       return _spans(self._template.render(data))
@@ -116,8 +129,9 @@ class ChatTemplate:
 
 
 def quoted(messages, tokenizer: Tokenizer):
-  """The same messages, in which names of the tokenizer's control tokens are text: where what a
-  template makes of them is encoded with special=True, they are spelled out, and end no turn.
+  """The same messages, in which names of the tokenizer's control tokens are text, in names of
+  objects, too: where what a template makes of them is encoded with special=True, they are spelled
+  out, and end no turn.
   """
   if not hasattr(tokenizer, 'control_names'):
     return messages  # of a kind whose control tokens text can't name
@@ -131,7 +145,10 @@ def _quoted(value, pattern: re.Pattern):
   if isinstance(value, str):
     return pattern.sub(lambda match: f'{match[0][0]}{CUT}{match[0][1:]}', value)
   if isinstance(value, Mapping):
-    return {key: _quoted(each, pattern) for key, each in value.items()}
+    return {
+      _quoted(key, pattern) if isinstance(key, str) else key: _quoted(each, pattern)
+      for key, each in value.items()
+    }
   if isinstance(value, (list, tuple)):
     return [_quoted(each, pattern) for each in value]
   return value
@@ -190,8 +207,7 @@ def _spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
   return text, spans
 
 
-def _environment():
-  import jinja2
+def _environment(day: datetime.datetime | None):
   import jinja2.ext
   import jinja2.sandbox
 
@@ -225,6 +241,6 @@ def _environment():
   environment.filters['tojson'] = tojson
   environment.globals |= {
     'raise_exception': raise_exception,
-    'strftime_now': lambda format: datetime.datetime.now().strftime(format),
+    'strftime_now': lambda format: (day or datetime.datetime.now()).strftime(format),
   }
   return environment

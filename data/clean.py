@@ -17,6 +17,7 @@ import numpy as np
 from data import content, duplicates, filters
 from data.config import CleanConfig
 from data.personal import anonymise
+from data.processes import without_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,8 @@ def clean_all(texts: Iterable[str], config: CleanConfig, workers: int = 1) -> It
   ) as pool:
     pending = collections.deque()
     for chunk in _chunks(texts):
-      pending.append(pool.submit(_clean_chunk, chunk, config))
+      with without_main():  # a process may begin now
+        pending.append(pool.submit(_clean_chunk, chunk, config))
       if len(pending) > 2 * workers:
         yield from pending.popleft().result()
     while pending:

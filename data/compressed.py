@@ -4,6 +4,7 @@ import bz2
 import functools
 import gzip
 import importlib
+import io
 import lzma
 import zlib
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import BinaryIO
 import files
 
 SUFFIXES = ('.gz', '.bz2', '.xz', '.zst')
+READ = 2**14  # bytes of a packed file at a time: what they unpack to is in memory
 
 
 def opened(path: str) -> BinaryIO:
@@ -25,8 +27,50 @@ def opened(path: str) -> BinaryIO:
     return lzma.open(files.stream(path))
   if path.endswith('.zst'):
     check([path])
-    return _zstandard().open(files.stream(path), 'rb')
+    return _of_frames(files.stream(path))
   return files.stream(path)
+
+
+def _of_frames(file: BinaryIO) -> BinaryIO:
+  """Zstandard frames, decompressed."""
+  library = _zstandard()
+  if hasattr(library, 'ZstdFile'):
+    return library.open(file, 'rb')
+  return io.BufferedReader(_Frames(file, library.ZstdDecompressor()), READ)
+
+
+class _Frames(io.RawIOBase):
+  """What the frames of a file hold, one after the other. The package zstandard's own reader gives
+  no lines, and takes a file that is cut off for one that ends.
+  """
+
+  def __init__(self, file: BinaryIO, decompressor):
+    self._file, self._decompressor = file, decompressor
+    self._frame = None  # where one has begun
+    self._packed, self._ready = b'', memoryview(b'')
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    while not self._ready:
+      self._packed = self._packed or self._file.read(READ)
+      if not self._packed and self._frame is None:
+        return 0
+      if not self._packed:
+        raise EOFError('the file ends within a frame')
+      self._frame = self._frame or self._decompressor.decompressobj()
+      self._ready = memoryview(self._frame.decompress(self._packed))
+      self._packed = self._frame.unused_data if self._frame.eof else b''
+      self._frame = None if self._frame.eof else self._frame
+    given = self._ready[: len(buffer)]
+    buffer[: len(given)] = given
+    self._ready = self._ready[len(given) :]
+    return len(given)
+
+  def close(self) -> None:
+    self._file.close()
+    super().close()
 
 
 def check(paths: Iterable[str]) -> None:

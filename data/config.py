@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 
 import names
 
@@ -214,10 +215,12 @@ class DataConfig:
     validation_fraction: held-out share: of the documents ('hash')
       or of each source's characters ('tail').
     split: 'hash' decides by a hash of the document's content, so a document keeps its side as the
-      corpus grows and duplicates never straddle; 'tail' holds out the end of each source, for a
+      corpus grows and duplicates never straddle (a record by what it asks, see data/splits.py);
+      'tail' holds out the end of each source, for a
       corpus that is a single text.
     seed: order of the training examples.
-    cache_dir: where prepared corpora are kept, each under a hash of its content and settings.
+    cache_dir: where prepared corpora are kept, each under a hash of its content and settings; '~'
+      is the home directory.
   """
 
   sources: tuple[SourceConfig, ...] = (SourceConfig(),)
@@ -265,5 +268,6 @@ class DataConfig:
       )
     if not 0 <= self.seed < 2**32:
       raise ValueError(f'data.seed={self.seed} must be in [0, 2**32)')
+    object.__setattr__(self, 'cache_dir', os.path.expanduser(self.cache_dir))
     if not self.cache_dir:
       raise ValueError("data.cache_dir is '': give a directory that can be written")

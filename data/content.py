@@ -6,6 +6,7 @@ purpose. A trained classifier is one file, made from labelled lines:
     python -m data.labels --labelled=labelled.jsonl --output=filter.npz
 """
 
+import collections
 import functools
 import os
 import pathlib
@@ -17,11 +18,19 @@ import numpy as np
 
 BUCKETS = 2**18  # of hashed n-grams
 _WORD = re.compile(r'\w+')
+# Of scripts that put no spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, Japanese,
+# Chinese): each of their characters is a word of a list's phrase.
+_UNSPACED = (
+  '\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff'
+  '\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af'
+)
+_LISTED_WORD = re.compile(f'[{_UNSPACED}]|[^\\W{_UNSPACED}]+')
 
 
 def listed(path: str) -> Callable[[str], bool]:
   """Whether a text has a word or phrase of a file's, one a line, '#' before a comment; whole words,
-  whatever their case. Raises ValueError for a file without any.
+  whatever their case, or, in scripts that put no spaces between them, wherever they stand. Raises
+  ValueError for a file without any.
   """
   return _listed(path, _version(path))
 
@@ -39,12 +48,23 @@ def _version(path: str) -> tuple[int, int]:
 def _listed(path: str, version: tuple[int, int]) -> Callable[[str], bool]:
   del version
   lines = text_of(path).splitlines()
-  phrases = [' '.join(_words(line)) for line in lines if not line.lstrip().startswith('#')]
-  phrases = [phrase for phrase in phrases if phrase]
+  phrases: dict[str, set[tuple[str, ...]]] = collections.defaultdict(set)  # by their first words
+  for line in lines:
+    words = [] if line.lstrip().startswith('#') else _listed_words(line)
+    if words:
+      phrases[words[0]].add(tuple(words))
   if not phrases:
     raise ValueError(f'clean.word_list={path!r} has no word in it; give one a line')
-  pattern = re.compile(' (?:' + '|'.join(map(re.escape, sorted(set(phrases)))) + ') ')
-  return lambda text: pattern.search(f' {" ".join(_words(text))} ') is not None
+
+  def has_one(text: str) -> bool:
+    words = _listed_words(text)
+    return any(
+      tuple(words[i : i + len(phrase)]) == phrase
+      for i, word in enumerate(words)
+      for phrase in phrases.get(word, ())
+    )
+
+  return has_one
 
 
 def classifier(path: str) -> Callable[[str], float]:
@@ -74,6 +94,10 @@ def text_of(path: str) -> str:
     return pathlib.Path(path).expanduser().read_bytes().decode('utf-8-sig')
   except (OSError, UnicodeDecodeError) as error:
     raise ValueError(f'{path}: {error}; give a file of UTF-8 text') from error
+
+
+def _listed_words(text: str) -> list[str]:
+  return _LISTED_WORD.findall(text.lower())
 
 
 def _words(text: str) -> list[str]:

@@ -2,7 +2,8 @@
 and always the one that ends its turn.
 
 A conversation is what the chat template makes of it, encoded as a whole, as transformers'
-apply_chat_template does; a completion is encoded apart from its prompt, as generation meets it.
+apply_chat_template does, as if it were PREPARED_DAY; a completion is encoded apart from its prompt,
+as generation meets it, and as what stands behind one.
 Where a template has no {% generation %} blocks, a turn is what it adds to the messages before.
 """
 
@@ -13,7 +14,8 @@ import numpy as np
 
 import names
 from data import generation
-from data.chat import ChatTemplate, quoted
+from data.chat import PREPARED_DAY, ChatTemplate, quoted
+from data.encoding import encoded_behind
 from data.records import ChatRecord, JudgedRecord, LabelRecord, PreferenceRecord, Record, TextRecord
 from data.tokenizer import Tokenizer, in_utf8
 
@@ -55,7 +57,7 @@ class ExampleWriter:
       )
     self._template = None
     if template or known:
-      self._template = ChatTemplate(template or known, tokenizer.special_tokens)
+      self._template = ChatTemplate(template or known, tokenizer.special_tokens, PREPARED_DAY)
 
   def example(self, place: str, record: Record) -> Example:
     """Raises ValueError, naming the place, for a record that the template cannot render, whose
@@ -81,10 +83,13 @@ class ExampleWriter:
   def _completion(self, record: TextRecord) -> Example:
     if not record.completion:
       raise ValueError('the completion is empty: there is nothing to learn')
-    texts = [in_utf8(record.prompt), in_utf8(record.completion)]
-    prompt, completion = self._tokenizer.encode_arrays(texts)
-    ids = np.concatenate([[self._tokenizer.bos], prompt, completion, [self._tokenizer.eos]])
-    return Example(ids.astype(np.int32), np.arange(len(ids)) > len(prompt))
+    prompt = self._tokenizer.encode(record.prompt)
+    if prompt:
+      completion = encoded_behind(self._tokenizer, record.completion)
+    else:
+      completion = self._tokenizer.encode(record.completion)
+    ids = np.array([self._tokenizer.bos, *prompt, *completion, self._tokenizer.eos], np.int32)
+    return Example(ids, np.arange(len(ids)) > len(prompt))
 
   def _conversation(self, record: ChatRecord) -> Example:
     if self._template is None:

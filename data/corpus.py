@@ -136,8 +136,14 @@ class _Corpus:
     return self._run(stage, given, [part.size for part in self._parts], module)
 
   def _clean(self) -> list[dict]:
-    given = [(self._config.clean, self._sources[part.source], part) for part in self._parts]
+    settings = dataclasses.replace(
+      self._config.clean,
+      word_list=_absolute(self._config.clean.word_list),
+      classifier=_absolute(self._config.clean.classifier),
+    )
+    given = [(settings, self._sources[part.source], _absolute_part(part)) for part in self._parts]
     reports = self._run('clean', given, [part.size for part in self._parts], 'data.stages')
+    reports = [_as_given(report, part) for report, part in zip(reports, self._parts, strict=True)]
     numbers = np.cumsum([0, *(report['passed'] for report in reports)], dtype=np.int64)
     np.save(self._work.path / f'{NUMBERS}.tmp.npy', numbers)
     os.replace(self._work.path / f'{NUMBERS}.tmp.npy', self._work.path / NUMBERS)
@@ -240,17 +246,24 @@ class _Corpus:
 
   def _tokenizer(self, kept: Sequence[dict], sides: Sequence[tuple[str, float]]) -> None:
     config = self._config.tokenizer
+    config = dataclasses.replace(config, path=_absolute(config.path))
     if config.kind == 'char' and not config.path:
       self._each('look', lambda i: (i,))
     if config.trained:
-      # As data.prepare has it: of the characters of the training side.
-      characters = sum(self._trained_characters(kept, sides))
-      share = min(1.0, config.training_bytes / max(characters, 1))
+      training = [*self._trained_characters(kept, sides)]
+      share = prepare.sampled_share(config, self._sizes(kept, training))
       self._each('sample', lambda i: (i, sides[i], share))
     given = str(self._work.path), config
     self._run('tokenizer', [given], [1.0], 'data.stages_encode')
     made = tokenizers.load(self._work.of('tokenizer', 0) / 'tokenizer')
     self._log(prepare.described_tokenizer(made, self._seconds['tokenizer']))
+
+  def _sizes(self, kept: Sequence[dict], training: Sequence[int]) -> Iterator[list[int]]:
+    """As data.prepare.sampled_share takes them."""
+    for number in range(len(self._sources)):
+      of = self._of_source(number)
+      counted = ([kept[i][what] for i in of] for what in ('bytes', 'characters'))
+      yield [*map(sum, counted), sum(training[i] for i in of)]
 
   def _trained_characters(
     self, kept: Sequence[dict], sides: Sequence[tuple[str, float]]
@@ -358,6 +371,26 @@ class _Corpus:
       f'{first["document"]} ({first["error"]}); {QUARANTINE} in the corpus names them'
     )
     return [cache.record(directory, QUARANTINE)]
+
+
+def _absolute(path: str) -> str:
+  """A path as all machines see it, whatever directory their workers are in; '' is none."""
+  if not path or files.remote(path) or files.of_hub(path):
+    return path
+  return os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_part(part: Partition) -> Partition:
+  within = tuple((_absolute(path), *version) for path, *version in part.files)
+  return dataclasses.replace(part, files=within)
+
+
+def _as_given(report: dict, part: Partition) -> dict:
+  """The report on a part, with the paths that its sources were given by."""
+  given = {_absolute(path): path for path, *_ in part.files}
+  places = {kind: (given[path], line) for kind, (path, line) in report['places'].items()}
+  poisoned = [[given[path], *rest] for path, *rest in report['poisoned']]
+  return report | {'places': places, 'poisoned': poisoned}
 
 
 def _move(place: pathlib.Path, directory: pathlib.Path) -> None:

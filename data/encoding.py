@@ -1,11 +1,13 @@
-"""How do documents become tokens, many at a time, each side of a split on its own?"""
+"""How do documents become tokens, many at a time, each side of a split on its own; and a text that
+stands behind another?
+"""
 
 import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, in_utf8
 
 ENCODE_CHARACTERS = 2**22  # encoded at a time: SentencePiece returns Python integers, 36 bytes each
 
@@ -33,3 +35,28 @@ def encoded_by(
       encoded = made.encode_arrays([text for _, text in batch])
       yield from ((for_training, text, ids) for (for_training, text), ids in zip(batch, encoded))
       batch, characters = [], 0
+
+
+# Characters to put before a text: one that no vocabulary has a piece of, so that nothing is merged
+# with it, and, for a tokenizer that has no bytes to spell it by, others.
+ANCHORS = '\U0010fffd', '.', 'a', '0'
+
+
+def encoded_behind(made: Tokenizer, text: str) -> list[int]:
+  """Ids of a text that stands behind another one, without bos and eos: without the space that some
+  tokenizers (SentencePiece's dummy prefix) put before every text. Raises as Tokenizer.encode.
+  """
+  ids = made.encode(in_utf8(text))
+  if _spaces(made.decode_bytes(ids)) <= _spaces(text.encode()):
+    return ids
+  for anchor in ANCHORS:
+    before, whole = made.encode(anchor), made.encode(anchor + text)
+    # A piece for whatever is unknown would swallow what is unknown of the text.
+    if made.decode(before) == anchor and whole[: len(before)] == before:
+      return whole[len(before) :]
+  return ids
+
+
+def _spaces(text: bytes) -> int:
+  """How many it begins with."""
+  return len(text) - len(text.lstrip(b' '))

@@ -24,13 +24,13 @@ import socket
 import struct
 import sys
 import time
-import types
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import names
 from data import cache
+from data.processes import without_main
 
 LOST = 12  # workers that one task may lose before it is given up
 BLAMED = 3  # of them at the same document, before that one is left out
@@ -94,7 +94,7 @@ class TaskOutput:
 
 @functools.cache
 def versions() -> tuple[tuple[str, str], ...]:
-  """Of what decides about bytes."""
+  """Of what decides about bytes: the workers of one preparation have the same."""
   unicode = unicodedata.unidata_version
   return ('unicode', unicode), *((name, importlib.metadata.version(name)) for name in DECISIVE)
 
@@ -235,12 +235,8 @@ class _Worker:
   def __init__(self, context):
     self.pipe, theirs = context.Pipe()
     self.process = context.Process(target=_work, args=(theirs,), daemon=True)
-    # A child imports anew what its parent was started by, which may be much, and does nothing here.
-    main, sys.modules['__main__'] = sys.modules['__main__'], types.ModuleType('__main__')
-    try:
+    with without_main():
       self.process.start()
-    finally:
-      sys.modules['__main__'] = main
     theirs.close()  # so that the pipe ends with the process
 
 

@@ -20,16 +20,18 @@ import numpy as np
 
 import files
 import names
-from data import cache, generation, labelled, sources, tokenizers
+from data import cache, generation, tokenizers
+from data.chat import PREPARED_DAY
 from data.config import CleanConfig, DataConfig, SourceConfig
 from data.conversations import TURNS, Example, ExampleWriter
-from data.prepare import identity
+from data.prepare import identity, tokenizer_identity
 from data.prepared import Prepared, described, held_out_sources, kept
 from data.records import LabelRecord, Record, records
 from data.shards import PACKINGS, Rows, ShardWriter
+from data.splits import question, share_of
 from data.tokenizer import Tokenizer
 
-FORMAT = 2  # part of every key: raise it when the code changes what a config means
+FORMAT = 3  # part of every key: raise it when the code changes what a config means
 TOO_LONG = ('drop', 'left', 'right')
 WEIGHTINGS = ('token', 'example')
 QUANTILES = {'shortest': 0, 'median': 0.5, '90%': 0.9, '99%': 0.99, 'longest': 1}
@@ -102,6 +104,10 @@ class Packed:
     """What two examples have in common that are one."""
     notes = np.array(example.notes, np.float64)
     return example.ids.tobytes() + example.scored.tobytes() + notes.tobytes()
+
+  def question(self, record: Any) -> bytes:
+    """What a record asks: those that ask the same are on the same side."""
+    return question(record)
 
   def lengths(self, example: Example) -> tuple[int, ...]:
     """Of each of `sides`."""
@@ -247,15 +253,12 @@ def _check(config: DataConfig, settings: Packed) -> None:
 
 def _key(config: DataConfig, settings: Packed, ends: Sequence[int], prompt: np.ndarray) -> str:
   memo = files.kept(config.cache_dir) / 'sources.json'
-  tokenizer = dataclasses.asdict(config.tokenizer)
-  if config.tokenizer.path:
-    within = tokenizers.of(config.tokenizer.kind).paths(files.here(config.tokenizer.path))
-    tokenizer['path'] = sources.content_digest([str(file) for file in within], memo)
   content = {
     'records': FORMAT,
     'sources': _identity(config.sources, memo),
     'validation': _identity(config.validation, memo),
-    'tokenizer': tokenizer,
+    'tokenizer': tokenizer_identity(config.tokenizer, memo),
+    'day': str(PREPARED_DAY),
     'ends': [*ends],
     **settings.facts(config),
     'exact_duplicates': config.clean.exact_duplicates,
@@ -373,14 +376,14 @@ def _examples(
   counts: dict,
 ) -> Iterator[tuple[float, Example]]:
   """The examples of one source that fit into a row behind the prompt, which they begin with; each
-  behind the share of all digests that are below its own; updates `counts` on the way.
+  behind its `share_of`; updates `counts` on the way.
   """
   for place, record in settings.completed(records(source)):
     counts['read'] += 1
     example = writer.example(place, record)
-    content = settings.identity(example)
-    if isinstance(record, LabelRecord):
-      content = labelled.identity(record)
+    asked = settings.question(record)
+    # Two records of one text with a label are one, whatever that says.
+    content = asked if isinstance(record, LabelRecord) else settings.identity(example)
     digest = hashlib.blake2b(content, digest_size=16).digest()
     if config.clean.exact_duplicates and digest in seen:
       counts['dropped']['exact_duplicate'] += 1
@@ -394,7 +397,7 @@ def _examples(
     if example is None:
       counts['dropped'][dropped] += 1
       continue
-    yield labelled.share(digest), _behind(prompt, example)
+    yield share_of(asked), _behind(prompt, example)
 
 
 def _behind(prompt: np.ndarray, example: Example) -> Example:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import files
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, directory_of
 
 GENERATION = 'generation_config.json'
 
@@ -39,7 +39,8 @@ def beside(path: str | os.PathLike) -> dict[str, Any]:
   """The same of the model whose tokenizer is at a path: in a checkpoint of transformers it lies in
   one directory with it, in a run beside the tokenizer's.
   """
-  place = files.place(path).expanduser()
+  # Of a bucket's a copy would have nothing beside it.
+  place = (files.here if files.of_hub(path) else files.place)(directory_of(path)).expanduser()
   directory = place if place.is_dir() else place.parent
   return read(directory) or read(directory.parent if directory.name == 'tokenizer' else directory)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 import files
 import names
-from data.tokenizer import CUT, Encoded, Tokenizer, in_utf8
+from data.tokenizer import CUT, Encoded, Tokenizer, directory_of, in_utf8
 
 DEFINITION, SETTINGS = 'tokenizer.json', 'tokenizer_config.json'
 SPECIAL_MAP, TEMPLATE = 'special_tokens_map.json', 'chat_template.jinja'
@@ -115,8 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """From a directory with a tokenizer.json, or from that file;
     the files beside it count in both cases. Its ValueErrors name the directory.
     """
-    directory = pathlib.Path(path).expanduser()
-    directory = directory.parent if directory.name == DEFINITION else directory
+    directory = directory_of(path).expanduser()
     try:
       return cls(_contents(directory))
     except ValueError as error:
@@ -133,8 +132,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """The files that make the tokenizer at `path`, a directory or its tokenizer.json;
     a checkpoint's others stay out.
     """
-    directory = pathlib.Path(path).expanduser()
-    directory = directory.parent if directory.name == DEFINITION else directory
+    directory = directory_of(path).expanduser()
     beside = [directory / name for name in (DEFINITION, SETTINGS, SPECIAL_MAP, TEMPLATE)]
     templates = (directory / MORE_TEMPLATES).glob('*.jinja')
     return [file for file in beside if file.is_file()] + sorted(templates)

@@ -14,6 +14,7 @@ from data.conversations import Example, ExampleWriter
 from data.examples import Fitted
 from data.preferences import Choice, ChoiceSettings, trimmed
 from data.records import ChatRecord, JudgedRecord, Record, TextRecord
+from data.splits import question
 from data.tokenizer import Tokenizer
 
 SIDES = ('judged tokens', 'mismatched tokens')
@@ -112,6 +113,9 @@ class JudgedSettings(ChoiceSettings):
 
   def completed(self, placed):
     return mismatched(placed)
+
+  def question(self, record):
+    return question(record.record)
 
   def identity(self, example):
     own, _ = example.halves

@@ -12,21 +12,12 @@ from data.config import DataConfig
 from data.conversations import Example
 from data.loader import Loader, ValidationBatches
 from data.records import LabelRecord, Record, records
+from data.splits import question, share_of
 from data.template import PREFIX, TARGET, Asking, Template
 from data.tokenizer import Tokenizer
 
 Placed = tuple[str, LabelRecord]  # behind its place, 'file:line'
 OVER = ('tokens', 'labels')
-
-
-def identity(record: LabelRecord) -> bytes:
-  """Two records of one text are one record, and the first of them counts."""
-  return record.text.encode('utf-8', errors='surrogatepass')
-
-
-def share(digest: bytes) -> float:
-  """Of all digests, the share that is below this one."""
-  return int.from_bytes(digest[:8], 'little') / 2.0**64
 
 
 def split(config: DataConfig) -> tuple[list[Placed], list[Placed]]:
@@ -46,14 +37,16 @@ def split(config: DataConfig) -> tuple[list[Placed], list[Placed]]:
   def fresh(sources) -> Iterator[tuple[bytes, Placed]]:
     for source in sources:
       for place, record in records(source):
-        digest = hashlib.blake2b(identity(record), digest_size=16).digest()
+        # Two records of one text are one record, and the first of them counts.
+        asked = question(record)
+        digest = hashlib.blake2b(asked, digest_size=16).digest()
         if not (config.clean.exact_duplicates and digest in seen):
           seen.add(digest)
-          yield digest, (place, record)
+          yield asked, (place, record)
 
   train, held_out = [], []
-  for digest, placed in fresh(config.sources):
-    (held_out if share(digest) < config.validation_fraction else train).append(placed)
+  for asked, placed in fresh(config.sources):
+    (held_out if share_of(asked) < config.validation_fraction else train).append(placed)
   held_out += [placed for _, placed in fresh(config.validation)]
   if not train or not held_out:
     raise ValueError(

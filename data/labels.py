@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+import commands
 import files
 from data.content import BUCKETS, features_of, sigmoid, text_of
 
@@ -88,9 +89,11 @@ def main() -> None:
   parser.add_argument('--labelled', required=True, help='JSONL of {"text": .., "label": true}')
   parser.add_argument('--output', required=True, help='the file to write')
   arguments = parser.parse_args()
-  labelled = list(read_labelled(arguments.labelled))
-  content, report = train(labelled)
-  files.replace(arguments.output, content)
+  with commands.mendable():
+    labelled = list(read_labelled(arguments.labelled))
+    files.check_writable(arguments.output)
+    content, report = train(labelled)
+    files.replace(arguments.output, content)
   precision = 'nothing said' if report['precision'] is None else f'{report["precision"]:.3f}'
   print(
     f'{arguments.output}: precision {precision}, recall {report["recall"]:.3f} on '

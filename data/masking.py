@@ -34,7 +34,8 @@ class Masking:
 
   @functools.cached_property
   def _is_text(self) -> np.ndarray:
-    table = np.zeros(max(self.text[-1], self.mask) + 1, bool)
+    # Behind all of them, one for ids that are larger still, which are clipped to it.
+    table = np.zeros(max(self.text[-1], self.mask) + 2, bool)
     table[self.text] = True
     return table
 

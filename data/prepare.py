@@ -27,13 +27,13 @@ import numpy as np
 import files
 import names
 from data import cache, clean, duplicates, shards, sources, tokenizers
-from data.config import DataConfig, SourceConfig
+from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.encoding import encoded_by, sides_of
 from data.prepared import Prepared, described, held_out_sources, kept
 from data.texts import Texts
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, directory_of
 
-FORMAT = 4  # part of every key: raise it when the code changes what a config means
+FORMAT = 5  # part of every key: raise it when the code changes what a config means
 PARALLEL_BYTES = 2**26  # below this, starting worker processes costs more than they save
 
 
@@ -83,6 +83,15 @@ def identity(of: Iterable[SourceConfig], memo: pathlib.Path) -> list[list[str]]:
   ]
 
 
+def tokenizer_identity(config: TokenizerConfig, memo: pathlib.Path) -> dict:
+  """What decides which ids a text gets: the settings, with a digest of the files at their path."""
+  settings = dataclasses.asdict(config)
+  if config.path:
+    within = tokenizers.of(config.kind).paths(files.here(directory_of(config.path)))
+    settings['path'] = sources.content_digest([str(file) for file in within], memo)
+  return settings
+
+
 def corpus_key(config: DataConfig) -> str:
   """Hash (hex) of the sources' content and of every setting that changes the cleaned,
   tokenised corpus.
@@ -91,11 +100,6 @@ def corpus_key(config: DataConfig) -> str:
 
   memo = files.kept(config.cache_dir) / 'sources.json'
   trained = config.tokenizer.trained
-  settings = dataclasses.asdict(config.tokenizer)
-  if config.tokenizer.path:
-    within = tokenizers.of(config.tokenizer.kind).paths(files.here(config.tokenizer.path))
-    settings['path'] = sources.content_digest([str(file) for file in within], memo)
-
   cleaning = dataclasses.asdict(config.clean)
   for name in ('word_list', 'classifier'):
     if cleaning[name]:
@@ -108,8 +112,10 @@ def corpus_key(config: DataConfig) -> str:
     'format': FORMAT,
     'sources': identity(config.sources, memo),
     'clean': cleaning,
-    'tokenizer': settings,
+    'tokenizer': tokenizer_identity(config.tokenizer, memo),
     # What decides besides: the trainer, and (by lower() and isalpha()) the tables of characters.
+    # Ids of a tokenizer that is there are its files', and no new version of a library throws away
+    # what was prepared.
     'sentencepiece': importlib.metadata.version('sentencepiece') if trained else '',
     'unicode': unicodedata.unidata_version,
     'split': [config.split, config.validation_fraction],
@@ -156,13 +162,12 @@ def _build_corpus(
     return (text[: boundary[d]] for d, text in texts.read(0, len(texts), kept) if boundary[d])
 
   with _timed(seconds, 'tokenizer'):
-    characters = int(boundary[kept].sum())
-    made = tokenizers.build(
-      config.tokenizer,
-      training(),
-      everything(),
-      share=min(1.0, config.tokenizer.training_bytes / max(characters, 1)),
+    sizes = (
+      [int(of[first:last].sum()) for of in (texts.sizes * kept, texts.characters * kept, boundary)]
+      for first, last in zip(bounds, bounds[1:])
     )
+    share = sampled_share(config.tokenizer, sizes)
+    made = tokenizers.build(config.tokenizer, training(), everything(), share)
     made.save(directory / 'tokenizer')
   log(described_tokenizer(made, seconds['tokenizer']))
 
@@ -213,11 +218,21 @@ def _cleaned(
     yield document
 
 
+def sampled_share(config: TokenizerConfig, each: Iterable[Sequence[int]]) -> float:
+  """The share of text that a tokenizer is trained on, so that it is about config.training_bytes.
+
+  Args:
+    each: of each source, how many bytes and characters are left, and characters for training.
+  """
+  size = sum(size * training // max(characters, 1) for size, characters, training in each)
+  return min(1.0, config.training_bytes / max(size, 1))
+
+
 def _split(config: DataConfig, texts: Texts, kept: np.ndarray, bounds: list[int]) -> np.ndarray:
   """How many leading characters of each document are for training, int64 [documents];
   the others are held out.
   """
-  characters = np.frombuffer(texts.characters, np.int64) * kept
+  characters = texts.characters * kept
   if config.validation:
     training = np.arange(len(texts)) < bounds[len(config.sources)]
     boundary = np.where(training, characters, 0)

@@ -7,7 +7,6 @@ train.py with the same --config finds what it wrote: the bytes are those that tr
 """
 
 import functools
-import os
 
 from absl import app, flags
 
@@ -17,6 +16,7 @@ import names
 from data import corpus
 from data.engine import LocalEngine, TaskEngine
 from data.prepare import prepare
+from data.processes import cpus
 from training import overrides
 
 ENGINES = 'local', 'ray'
@@ -35,7 +35,7 @@ RAY_ADDRESS = flags.DEFINE_string(
 
 def engine_of(kind: str, workers: int, ray_address: str) -> TaskEngine:
   """Raises ValueError for flags that do not go together, and where there is no Ray."""
-  here = workers or len(os.sched_getaffinity(0))
+  here = workers or cpus()
   if kind == 'local':
     if ray_address:
       raise ValueError(f'--ray_address={ray_address} is of --engine=ray; set that, or leave it out')

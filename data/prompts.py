@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from data import generation, tokenizers
-from data.chat import ChatTemplate, quoted
+from data.chat import PREPARED_DAY, ChatTemplate, quoted
 from data.config import CleanConfig, DataConfig, SourceConfig
-from data.labelled import share
 from data.records import PromptRecord, Row, records
+from data.splits import question, share_of
 from data.tokenizer import Tokenizer, in_utf8
 
 
@@ -90,7 +90,7 @@ class PromptWriter:
       )
     self._template = None
     if template or known:
-      self._template = ChatTemplate(template or known, tokenizer.special_tokens)
+      self._template = ChatTemplate(template or known, tokenizer.special_tokens, PREPARED_DAY)
 
   def prompt(self, place: str, record: PromptRecord) -> Prompt:
     """Raises ValueError, naming the place, for messages that cannot be rendered."""
@@ -160,7 +160,7 @@ def prepare(
         if len(prompt.ids) > longest:
           counts['too_long'] += 1
           continue
-        yield share(digest), prompt
+        yield share_of(question(record)), prompt
 
   train, held_out = [], []
   for part, prompt in fresh(config.sources):

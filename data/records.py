@@ -10,7 +10,6 @@ read, but for what judges the answers to a prompt.
 import csv
 import dataclasses
 import io
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -231,7 +230,8 @@ class _Reader:
     if self.texts and isinstance(value, str):
       value = files.parsed(value, f'{self.place}: {field}')
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    # Compared as it is: a whole number may be beyond what becomes a float.
+    if not number or not abs(value) <= sys.float_info.max:
       raise self.wrong(field, 'a finite number, or nothing')
     return float(value)
 
@@ -292,9 +292,10 @@ def _sharegpt(row: _Reader) -> ChatRecord:
   messages = []
   for i, turn in enumerate(row.items('conversations', '{"from": .., "value": ..}')):
     speaker = turn.get('from') if isinstance(turn, Mapping) else None
-    if speaker not in SPEAKERS or not isinstance(turn.get('value'), str):
-      known = ', '.join(SPEAKERS)
-      expected = f'a turn, {{"from": .., "value": ..}}, from one of {known}'
+    known = isinstance(speaker, str) and speaker in SPEAKERS
+    if not known or not isinstance(turn.get('value'), str):
+      speakers = ', '.join(SPEAKERS)
+      expected = f'a turn, {{"from": .., "value": ..}}, from one of {speakers}'
       raise row.wrong(f'conversations[{i}]', expected, turn)
     messages.append({'role': SPEAKERS[speaker], 'content': turn['value']})
   return ChatRecord(

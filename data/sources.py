@@ -252,6 +252,8 @@ def _csv(path: str, field: str, problems: Problems) -> Iterator[str]:
   ):
     ended = []
     reader = csv.DictReader(_with_end(lines, ended))
+    if reader.fieldnames == [_END] and reader.line_num == 1:
+      return  # an empty file
     if any(_END in name for name in reader.fieldnames):
       raise ValueError(f'{path}: a quote in the line of its columns is never closed; close it')
     if field not in (reader.fieldnames or ()):
@@ -273,7 +275,9 @@ def _csv(path: str, field: str, problems: Problems) -> Iterator[str]:
         if record[reader.fieldnames[0]] != _END:
           problems.add('unclosed_quote', path, begin)
         return
-      if record[field] is None:
+      if None in record:
+        problems.add('malformed', path, begin)  # with more values than there are columns
+      elif record[field] is None:
         problems.add('no_text', path, begin)
       else:
         yield record[field]

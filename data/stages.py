@@ -289,6 +289,7 @@ def keep(out: TaskOutput, directory: str, part: int, buckets: int, near_: int, h
   return {
     'different': int(different.sum()),
     'kept': int(kept.sum()),
+    'bytes': int((np.load(where / 'bytes.npy') * kept).sum()),
     'characters': int(characters.sum()),
     'trained': int(trained.sum()),
     'dropped': why,

@@ -17,6 +17,7 @@ import numpy as np
 
 import files
 import names
+from data.encoding import encoded_behind
 from data.extra import extended, id_of
 from data.records import LabelRecord
 from data.tokenizer import Tokenizer, in_utf8
@@ -215,14 +216,8 @@ class Asking:
     if self.form == TARGET:
       return [*self.tokenizer.encode(in_utf8(word + template.ending)), self.tokenizer.eos]
     text = in_utf8(template.space + word + (template.ending if self.form == PREFIX else ''))
-    # Where a tokenizer puts a space before every text (SentencePiece's dummy prefix), a word behind
-    # another text has none.
-    anchor = template.pattern.partition(MASK)[0].rstrip()[-1:].replace('}', '')
-    before = self.tokenizer.encode(anchor) if anchor else []
-    whole = self.tokenizer.encode(anchor + text)
-    if before and whole[: len(before)] == before:
-      return whole[len(before) :]
-    return self.tokenizer.encode(text)
+    begins = not template.pattern.partition(MASK)[0].strip()
+    return self.tokenizer.encode(text) if begins else encoded_behind(self.tokenizer, text)
 
   def _check_words(self):
     """Raises ValueError for words that are nothing, several tokens under one mask, or the beginning

@@ -17,7 +17,7 @@ class Texts:
     self._path = directory / 'texts.partial'
     self._signatures_path = directory / 'signatures.partial'
     self._bytes = array.array('q')
-    self.characters = array.array('q')
+    self._characters = array.array('q')
     self._hashes = array.array('Q')
 
   def write(self, documents: Iterable[clean.Cleaned]) -> None:
@@ -25,7 +25,7 @@ class Texts:
     with open(self._path, 'ab') as texts, open(self._signatures_path, 'ab') as signatures:
       for document in documents:
         self._bytes.append(texts.write(document.text.encode()))
-        self.characters.append(len(document.text))
+        self._characters.append(len(document.text))
         self._hashes.append(int.from_bytes(document.digest[:8], 'little'))
         if document.signature is not None:
           signatures.write(document.signature.tobytes())
@@ -36,12 +36,22 @@ class Texts:
   def read(self, first: int, last: int, kept: np.ndarray) -> Iterator[tuple[int, str]]:
     """Numbers and texts of the documents from first to last that are kept (bool [documents])."""
     with open(self._path, 'rb') as texts:
-      texts.seek(int(np.frombuffer(self._bytes, np.int64)[:first].sum()))
+      texts.seek(int(self.sizes[:first].sum()))
       for d in range(first, last):
         if kept[d]:
           yield d, texts.read(self._bytes[d]).decode()
         else:
           texts.seek(self._bytes[d], os.SEEK_CUR)
+
+  @property
+  def sizes(self) -> np.ndarray:
+    """Bytes of each document, int64 [documents]."""
+    return np.frombuffer(self._bytes, np.int64)
+
+  @property
+  def characters(self) -> np.ndarray:
+    """Of each document, int64 [documents]."""
+    return np.frombuffer(self._characters, np.int64)
 
   def signatures(self) -> np.ndarray:
     """MinHash signatures, uint32 [documents, 112], memory-mapped."""

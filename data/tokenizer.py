@@ -73,8 +73,8 @@ class Tokenizer:
   @staticmethod
   def paths(path: str | os.PathLike) -> list[pathlib.Path]:
     """The files that decide what `read` gives."""
-    path = pathlib.Path(path).expanduser()
-    return sorted(path.rglob('*'), key=str) if path.is_dir() else [path]
+    path = directory_of(path).expanduser()
+    return sorted(filter(pathlib.Path.is_file, (path, *path.rglob('*'))), key=str) or [path]
 
   @property
   def vocabulary(self) -> int:
@@ -161,6 +161,11 @@ class Tokenizer:
   def _files(self) -> dict[str, bytes]:
     extra = {'extra': [*self.extra]} if self.extra else {}
     return {INDEX: json.dumps({'kind': self.kind, **extra}).encode()}
+
+
+def directory_of(path: str | os.PathLike) -> pathlib.Path:
+  """Of a path to the index within a tokenizer's directory, that directory; any other as it is."""
+  return place.parent if (place := pathlib.Path(str(path))).name == INDEX else place
 
 
 def in_utf8(text: str) -> str:

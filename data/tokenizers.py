@@ -12,7 +12,7 @@ import numpy as np
 import files
 import names
 from data.config import TokenizerConfig
-from data.tokenizer import INDEX, Tokenizer
+from data.tokenizer import INDEX, Tokenizer, directory_of
 
 # Kind -> its class, imported when it is asked for; the kinds are those of data.config.
 KINDS = {
@@ -96,10 +96,9 @@ def load(path: str | os.PathLike) -> Tokenizer:
     ValueError: a file that isn't what its name says; a tokenizer.json that can't be used, see
       data/huggingface.py.
   """
-  path = files.here(path).expanduser()
+  path = files.here(directory_of(path)).expanduser()
   if path.is_file() and path.suffix != '.json':
     return of('sentencepiece').read(path)
-  path = path.parent if path.name == INDEX else path
   if not (path / INDEX).is_file():
     raise FileNotFoundError(
       f'no tokenizer at {str(path)!r}: neither a SentencePiece .model file nor a directory with '

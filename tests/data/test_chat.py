@@ -219,6 +219,19 @@ def test_names_of_control_tokens_in_messages_are_text(family):
   assert len(tokenizer.encode(names[0], special=True)) == 1
 
 
+def test_names_of_control_tokens_in_names_of_objects_are_text():
+  tokenizer = huggingface.HuggingFaceTokenizer(families.contents('qwen'))
+  template = ChatTemplate('{{ messages[0].tool_calls | tojson }}{{ tools | tojson }}')
+  (name, *_) = tokenizer._hidden
+  call = {'function': {'name': 'f', 'arguments': {f'a{name}': {name: 'b'}}}}
+  tools = [{'function': {'parameters': {'properties': {f'{name}\n{name}': {'type': 'null'}}}}}]
+  messages = [{'role': 'assistant', 'tool_calls': [call]}]
+  text = template.render(quoted(messages, tokenizer), tools=quoted(tools, tokenizer))
+  ids = tokenizer.encode(text, special=True)
+  assert all(tokenizer.token_bytes[i] for i in ids)
+  assert tokenizer.decode(ids).count(name) == 4
+
+
 def test_templates_and_messages_without_end():
   for source in ('{{ ' + '(' * 5000 + '1' + ')' * 5000 + ' }}', '{{ ' + '9' * 5000 + ' }}'):
     with pytest.raises(ValueError, match='the chat template'):

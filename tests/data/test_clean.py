@@ -1,10 +1,17 @@
 """Cleaning: what is masked, what is left alone, what is dropped, and that counts tell."""
 
+import concurrent.futures
+import multiprocessing.spawn
+import os
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from data import clean, duplicates, filters
+from data import clean, duplicates, filters, processes
 from data.config import ANONYMISED_KINDS, CleanConfig
 
 
@@ -217,3 +224,61 @@ def test_bands_meet_in_nearly_all_pairs_at_the_threshold():
     assert number * values <= duplicates.HASHES
     assert 1 - (1 - threshold**values) ** number >= 0.99
   assert duplicates.bands(0.75) == (22, 5) and duplicates.bands(1.0) == (1, 112)
+
+
+def test_workers_begin_without_what_their_parent_was_started_by(monkeypatch):
+  """Otherwise a script that prepares at its top level runs anew in each, and waits for itself."""
+  begun = []
+
+  class Pool(concurrent.futures.ThreadPoolExecutor):
+    def __init__(self, workers, context):
+      super().__init__(workers)
+
+    def submit(self, *arguments):
+      begun.append(multiprocessing.spawn.get_preparation_data('x'))
+      return super().submit(*arguments)
+
+  monkeypatch.setattr(concurrent.futures, 'ProcessPoolExecutor', Pool)
+  monkeypatch.setattr(clean, 'CHUNK_CHARACTERS', 10)
+  main = sys.modules['__main__']
+  monkeypatch.setattr(main, '__file__', '/a/script.py', raising=False)
+  monkeypatch.setattr(main, '__spec__', None)
+  assert 'init_main_from_path' in multiprocessing.spawn.get_preparation_data('x')
+  texts = [f'some text {i}' for i in range(9)]
+  assert [each.text for each in clean.clean_all(texts, CleanConfig(), workers=2)] == texts
+  assert len(begun) == 9 and not any('init_main_from_path' in each for each in begun)
+  assert sys.modules['__main__'] is main
+
+
+@pytest.mark.slow
+def test_a_script_may_prepare_at_its_top_level(tmp_path):
+  script = tmp_path / 'script.py'
+  script.write_text(f"""
+import os
+from data import prepare
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+os.cpu_count = lambda: 2
+prepare.PARALLEL_BYTES = 1
+prepare.prepare(DataConfig(
+  sources=(SourceConfig(kind='text', path={str(tmp_path / '*.txt')!r}),), split='tail',
+  tokenizer=TokenizerConfig(kind='byte'), sequence_length=16, cache_dir={str(tmp_path / 'cache')!r},
+))
+print('prepared')
+""")
+  for i in range(4):
+    (tmp_path / f'{i}.txt').write_text(' '.join(f'{i}{j}' for j in range(99)))
+  outcome = subprocess.run(
+    [sys.executable, str(script)],
+    env=os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[2])},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert outcome.stdout.count('prepared\n') == 1, outcome.stderr
+
+
+def test_processors_are_counted_where_the_system_does_not_say_which_may_be_used(monkeypatch):
+  monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
+  monkeypatch.setattr(os, 'cpu_count', lambda: 3)
+  assert processes.cpus() == 3

@@ -80,6 +80,36 @@ def test_labelled_lines_of_another_form_are_named(tmp_path, line):
     list(labels.read_labelled(str(tmp_path / 'a.jsonl')))
 
 
+def test_files_that_cannot_be_read_or_written_end_the_command_in_a_line(tmp_path, monkeypatch):
+  (tmp_path / 'one.jsonl').write_text('{"text": "a", "label": 0}')
+  for given, output, said in (
+    ('missing.jsonl', 'a.npz', 'error: .*missing.jsonl: .*give a file of UTF-8 text'),
+    ('one.jsonl', 'a.npz', 'error: .*both labels are needed'),
+    ('one.jsonl', '', 'error: .*a directory is where a file should be'),
+  ):
+    arguments = ['labels', f'--labelled={tmp_path / given}', f'--output={tmp_path / output}']
+    monkeypatch.setattr(sys, 'argv', arguments)
+    with pytest.raises(SystemExit, match=said):
+      labels.main()
+
+
+def test_words_of_scripts_without_spaces_are_met_within_text(tmp_path):
+  (tmp_path / 'words').write_text('毒品\nยาบ้า\nドラッグ bad\n')
+  has = content.listed(str(tmp_path / 'words'))
+  assert has('我卖毒品。') and has('ขายยาบ้าที่') and has('xドラッグ Bad')
+  assert not has('毒的品') and not has('品毒') and not has('ドラッグ badly')
+
+
+def test_phrases_that_begin_alike_are_told_apart(tmp_path):
+  words = '\n'.join(
+    ['new york', 'new york city', 'new deal now', *(f'w{i}' for i in range(20_000))]
+  )
+  (tmp_path / 'words').write_text(words)
+  has = content.listed(str(tmp_path / 'words'))
+  assert has('in New  York') and has('a new deal now') and has('x w19999') and has('new new york')
+  assert not has('a new deal') and not has('york new') and not has('w20000 new')
+
+
 def test_what_is_no_classifier_or_has_one_label_is_refused(tmp_path):
   (tmp_path / 'a.npz').write_bytes(b'no')
   with pytest.raises(ValueError, match='is no file of python -m data.labels'):

@@ -109,6 +109,15 @@ def test_a_completion_is_encoded_as_generation_meets_it():
   assert example.scored.tolist() == [False] * 8 + [True] * 3
 
 
+def test_a_completion_has_no_space_that_its_prompt_does_not_end_with():
+  """As whoever scores it has it (evaluation.examples.Asked.pairs), and generation goes on."""
+  made = tokenizer('llama2')
+  for prompt, completion in (('2+3=', '5'), ('the quick', ' brown fox'), ('', 'brown')):
+    example = ExampleWriter(made).example('here', TextRecord(prompt, completion))
+    assert example.ids.tolist() == [made.bos, *made.encode(prompt + completion), made.eos]
+    assert example.scored.sum() == len(example.ids) - 1 - len(made.encode(prompt))
+
+
 @pytest.mark.parametrize(
   'template, messages, said',
   [

@@ -17,7 +17,16 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data import clean as cleaning, corpus, duplicates, engine, partitions, shards, stages
+from data import (
+  clean as cleaning,
+  corpus,
+  duplicates,
+  engine,
+  partitions,
+  shards,
+  stages,
+  tokenizers,
+)
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 
@@ -349,3 +358,35 @@ def test_a_worker_of_other_versions_or_files_is_refused(tmp_path, small, monkeyp
   with pytest.raises(ValueError, match='every machine must see the same files'):
     arguments = made.clean, made.sources[2], parts[-1]
     engine.perform(dataclasses.replace(task, arguments=arguments, versions=engine.versions()))
+
+
+class Elsewhere(Here):
+  """As Here, in another directory than who gives the tasks."""
+
+  def __init__(self, directory):
+    super().__init__()
+    self._directory = directory
+
+  def next(self, seconds):
+    with contextlib.chdir(self._directory):
+      return super().next(seconds)
+
+
+def test_workers_in_another_directory_find_what_is_named_from_here(tmp_path, small, monkeypatch):
+  """And reports have the names that were given."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'elsewhere').mkdir()
+  tokenizers.CharTokenizer([*map(chr, range(128)), '\ufffd']).save('made')
+  (tmp_path / 'listed').write_text('fable\n')
+  clean = CleanConfig(near_duplicates=0.0, word_list='listed')
+  sources_at(tmp_path)
+  made = DataConfig(
+    sources=(SourceConfig(kind='jsonl', path='a.jsonl', text_field='text'),),
+    clean=clean,
+    tokenizer=TokenizerConfig(kind='char', path='made'),
+    sequence_length=64,
+  )
+  expected = alone(made, tmp_path / 'alone')
+  assert together(made, tmp_path / 'parts', Elsewhere(tmp_path / 'elsewhere')) == expected
+  counts = json.loads(expected['index.json'])['report']['sources'][0]
+  assert counts['first_problems']['malformed'].startswith('a.jsonl:')

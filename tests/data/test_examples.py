@@ -1,14 +1,16 @@
 """How records become rows: what is kept, what is learned, and that nothing is cut or doubled."""
 
 import dataclasses
+import datetime
 import json
+import types
 
 import numpy as np
 import pytest
 from templates import CHATML, HEADERS
 from tokenizer_families import contents
 
-from data import loader
+from data import chat, generation, loader
 from data.batch import Batch
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.examples import Settings, prepare
@@ -280,3 +282,72 @@ def test_batches_go_on_where_they_were_left(tmp_path):
   other = loader.train_loader(prepare(given, Settings(weighting='example'), quiet), given)
   with pytest.raises(ValueError, match='the data order has changed'):
     other.restore(state)
+
+
+TODAY = """Today: {{ strftime_now('%d %b %Y') }}
+{% for m in messages %}
+{{ m.role }}: {% if m.role == 'assistant' %}
+{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}
+
+{% endfor %}"""
+
+
+def test_examples_are_the_same_on_any_day(tmp_path, monkeypatch):
+  HuggingFaceTokenizer(contents('qwen') | {'chat_template.jinja': TODAY.encode()}).save(
+    tmp_path / 'made'
+  )
+  path = tmp_path / 'chats.jsonl'
+  chats = [
+    [{'role': 'user', 'content': f'{i}'}, {'role': 'assistant', 'content': f'{i}{i}'}]
+    for i in range(20)
+  ]
+  path.write_text(''.join(json.dumps({'messages': chat}) + '\n' for chat in chats))
+  digests = set()
+  for day in (1, 2):
+    now = datetime.datetime(2026, 11, day)
+    frozen = type('Frozen', (datetime.datetime,), {'now': classmethod(lambda cls, now=now: now)})
+    monkeypatch.setattr(chat, 'datetime', types.SimpleNamespace(datetime=frozen))
+    given = config(
+      tmp_path,
+      SourceConfig(kind='jsonl', path=str(path), format='chat'),
+      tokenizer=TokenizerConfig(kind='huggingface', path=str(tmp_path / 'made')),
+      sequence_length=128,
+      cache_dir=str(tmp_path / f'cache-{day}'),
+    )
+    prepared = prepare(given, Settings(), quiet)
+    digests.add((prepared.key, prepared.files))
+    own = chat.ChatTemplate.of(prepared.tokenizer).render(chats[0])
+    assert own.startswith(f'Today: 0{day} Nov 2026'), 'who is asked is asked today'
+  assert len(digests) == 1
+  held_out = [prepared.tokenizer.decode(ids) for ids, _ in pieces(prepared, length=128)]
+  assert all(text.startswith('oday: 26 Jul 2024') or '26 Jul 2024' in text for text in held_out)
+
+
+def test_a_prompt_is_on_one_side_however_many_answers_it_has(tmp_path):
+  given = [{'prompt': f'{i // 4:03}?', 'completion': f'{i}'} for i in range(200)]
+  prepared = prepare(config(tmp_path, written(tmp_path, given)), Settings(), quiet)
+
+  def asked(split=None):
+    return {prepared.tokenizer.decode(ids).partition('?')[0] for ids, _ in pieces(prepared, split)}
+
+  held_out = asked(prepared.validation)
+  assert 3 < len(held_out) < 25 and len(held_out | asked()) == 50
+  assert not held_out & asked()
+
+
+def test_a_tokenizer_of_the_hub_is_read_with_what_lies_beside_it(tmp_path, monkeypatch):
+  import remote.hub
+
+  asked = []
+  monkeypatch.setattr(remote.hub, 'here', lambda of: asked.append(of) or tmp_path / 'made')
+  made = HuggingFaceTokenizer(contents('qwen') | {'chat_template.jinja': CHATML.encode()})
+  made.save(tmp_path / 'made')
+  end = {'eos_token_id': [made.eos, made.pad]}
+  (tmp_path / 'made' / 'generation_config.json').write_text(json.dumps(end))
+  source = written(tmp_path, rows(20))
+  for address in ('hf://org/name', 'hf://org/name/tokenizer.json'):
+    tokenizer = TokenizerConfig(kind='huggingface', path=address)
+    given = config(tmp_path, source, tokenizer=tokenizer)
+    assert generation.beside(address) == end
+    assert prepare(given, Settings(), quiet).tokenizer.chat_templates == {'default': CHATML}
+  assert {str(of).rpartition('/')[2] for of in asked} == {'name'}, 'and not a file alone'

@@ -77,3 +77,13 @@ def test_masks_are_drawn_anew_and_are_a_function_of_seed_and_place():
   assert all((a == b).all() for a, b in zip(first, example(masking(), 1, 2)))
   for other in (example(masking(), 1, 3), example(masking(), 2, 2)):
     assert (first[0] == other[0]).all() and (first[3] != other[3]).any()
+
+
+def test_special_tokens_above_all_text_are_none():
+  noise = Masking(8, '', 1.0, 0.8, 0.1, np.array([3, 4, 5]), 0)
+  tokens = np.array([1, 3, 4, 7, 6, 3, 5, 9], np.int32)
+  batch = noise.empty(1)
+  chunk = ChunkTokens(tokens, np.arange(8), np.ones(8, np.int32))
+  noise.fill(chunk, functools.partial(uniform, 0, 0, 0), batch, 0)
+  assert (batch.weights[0] == [0, 1, 1, 0, 0, 1, 1, 0]).all()
+  assert (batch.tokens[0][[0, 3, 4, 7]] == [1, 7, 6, 9]).all()

@@ -392,3 +392,42 @@ def test_a_broken_tokenizer_is_found_before_the_corpus_is_read(tmp_path, monkeyp
     prepare(config(tmp_path, tokenizer=none), log=quiet)
   with pytest.raises(ValueError, match="tokenizer.vocabulary=7 but this 'byte' tokenizer has 259"):
     prepare(config(tmp_path, tokenizer=TokenizerConfig(kind='byte', vocabulary=7)), log=quiet)
+
+
+def test_two_models_named_by_their_indices_have_two_keys(tmp_path):
+  write(tmp_path / 'a.jsonl', [text(1)])
+  keys = []
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'tokenizer.json').write_text('{"kind": "sentencepiece"}')
+    (tmp_path / name / 'tokenizer.model').write_text(name)
+    for path in (tmp_path / name, tmp_path / name / 'tokenizer.json'):
+      tokenizer = TokenizerConfig(kind='sentencepiece', path=str(path))
+      keys.append(corpus_key(config(tmp_path, tokenizer=tokenizer)))
+  assert keys[0] == keys[1] != keys[2] == keys[3]
+
+
+def test_the_home_directory_is_one_place(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.chdir(tmp_path)
+  write(tmp_path / 'a.jsonl', [text(i) for i in range(30)])
+  prepared = prepare(config(tmp_path, cache_dir='~/cache'), log=quiet)
+  assert prepared.directories[0].parent == tmp_path / 'home' / 'cache'
+  assert not (tmp_path / '~').exists()
+
+
+def test_a_tokenizer_is_trained_on_about_as_many_bytes_as_were_asked_for(tmp_path, monkeypatch):
+  """Of a text of three bytes a character, on a third of the characters."""
+  write(tmp_path / 'a.jsonl', ['\u6c34' * 2000 + f'{i:04}' for i in range(25)])
+  shares = []
+
+  def build(of, training, everything, share):
+    shares.append(share)
+    return tokenizers.ByteTokenizer()
+
+  monkeypatch.setattr(tokenizers, 'build', build)
+  tokenizer = TokenizerConfig(training_bytes=60_000)
+  loose = CleanConfig(anonymise=(), near_duplicates=0.0)
+  prepared = prepare(config(tmp_path, tokenizer=tokenizer, clean=loose), log=quiet)
+  trained = prepared.report['sources'][0]['train']['bytes']
+  assert shares == [pytest.approx(60_000 / trained, rel=1e-3)]

@@ -212,3 +212,18 @@ def test_a_column_of_no_field_is_refused(tmp_path):
 
 def test_every_format_says_which_fields_it_has():
   assert FIELDS.keys() == FORMATS.keys() == {*config.FORMATS} - {''}
+
+
+@pytest.mark.parametrize(
+  'format, row, said',
+  [
+    ('sharegpt', {'conversations': [{'from': ['human'], 'value': 'Hi'}]}, 'must be a turn'),
+    ('sharegpt', {'conversations': [{'from': {}, 'value': 'Hi'}]}, 'must be a turn'),
+    ('preference', {'margin': int('9' * 400)}, 'must be a finite number'),
+    ('preference', {'margin': -int('9' * 400)}, 'must be a finite number'),
+  ],
+)
+def test_values_that_cannot_be_looked_up_or_counted_are_told_by_name(tmp_path, format, row, said):
+  answers = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
+  with pytest.raises(ValueError, match=f'rows.jsonl:1: field .* {said}'):
+    read(jsonl(tmp_path, answers | row), format=format)

@@ -206,7 +206,8 @@ def test_zst_is_read_by_the_library_that_is_there_or_says_what_to_install(tmp_pa
   class ZstdError(Exception):
     pass
 
-  stub = types.SimpleNamespace(open=lambda file, mode: file, ZstdError=ZstdError)
+  # As Python 3.14 has it.
+  stub = types.SimpleNamespace(open=lambda file, mode: file, ZstdError=ZstdError, ZstdFile=None)
   monkeypatch.setattr(compressed, '_zstandard', lambda: stub)
   assert read(source) == (['packed'], {})
 
@@ -215,6 +216,70 @@ def test_zst_is_read_by_the_library_that_is_there_or_says_what_to_install(tmp_pa
 
   stub.open = refuse
   assert read(source) == ([], {'unreadable': 1})
+
+
+class Packaged:
+  """What the package zstandard gives, of another compression: a decompressor of one frame, that
+  says what is behind its end, and goes on with no other.
+  """
+
+  class ZstdError(Exception):
+    pass
+
+  class ZstdDecompressor:
+    def decompressobj(self):
+      return Packaged.OneFrame()
+
+    def stream_reader(self, file):
+      raise AssertionError('it gives no lines, and ends where a file is cut off')
+
+  class OneFrame:
+    def __init__(self):
+      self._inner = bz2.BZ2Decompressor()
+
+    def decompress(self, data):
+      try:
+        return self._inner.decompress(data)
+      except (OSError, EOFError) as error:
+        raise Packaged.ZstdError from error
+
+    eof = property(lambda self: self._inner.eof)
+    unused_data = property(lambda self: self._inner.unused_data)
+
+  @staticmethod
+  def open(file, mode):
+    raise AssertionError('what this gives has no lines, and reads one frame')
+
+  @staticmethod
+  def compress(data):
+    return bz2.compress(data)
+
+
+@pytest.fixture(params=['package', 'like it'])
+def zstandard(request, monkeypatch):
+  """The package where it is, and one like it."""
+  if request.param == 'package':
+    return pytest.importorskip('zstandard')
+  monkeypatch.setattr(compressed, '_zstandard', lambda: Packaged)
+  return Packaged
+
+
+def test_zst_is_read_line_by_line_over_its_frames_to_the_end(tmp_path, zstandard):
+  lines = [json.dumps({'t': f'{i} ' + os.urandom(400).hex()}) + '\n' for i in range(200)]
+  packed = b''.join(
+    zstandard.compress(''.join(lines[at : at + 70]).encode()) for at in (0, 70, 140)
+  )
+  source = SourceConfig(kind='jsonl', path=f'{tmp_path}/*.zst', text_field='t')
+  file = tmp_path / 'a.jsonl.zst'
+  file.write_bytes(packed)
+  assert read(source) == ([json.loads(line)['t'] for line in lines], {})
+  for damaged in (packed[: len(packed) // 2], packed[:-1], packed + b'more', packed[:2]):
+    file.write_bytes(damaged)
+    assert read(source)[1].get('unreadable') == 1
+  for content, texts in ((b't\nhello\nworld\n', ['hello', 'world']), (b'', [])):
+    (tmp_path / 'b.csv.zst').write_bytes(zstandard.compress(content))
+    columns = SourceConfig(kind='csv', path=f'{tmp_path}/b.csv.zst', text_field='t')
+    assert read(columns) == (texts, {})
 
 
 @pytest.mark.parametrize('rest', ['', '\n', '\n7,seven\n8,eight\n', '\n7,seven'])
@@ -269,3 +334,22 @@ def test_stars_enter_no_directory_by_a_link(tmp_path, monkeypatch):
     }.items():
       matched = sources.paths(SourceConfig(kind='text', path=root + pattern))
       assert sorted(os.path.relpath(path) for path in matched) == sorted(expected), pattern
+
+
+def test_a_row_with_more_values_than_columns_is_counted_and_not_cut(tmp_path):
+  (tmp_path / 'a.csv').write_text('id,t,n\n1,Hello, world,3\n2,whole,4\n3,short\n4,"a, b",5\n')
+  problems = sources.Problems()
+  source = SourceConfig(kind='csv', path=f'{tmp_path}/*.csv', text_field='t')
+  assert list(sources.documents(source, problems)) == ['whole', 'short', 'a, b']
+  assert problems == {'malformed': 1} and problems.first == {'malformed': f'{tmp_path}/a.csv:2'}
+
+
+def test_an_empty_file_of_columns_has_no_documents(tmp_path):
+  (tmp_path / 'a.csv').write_text('t\none\n')
+  (tmp_path / 'b.csv').write_text('')
+  (tmp_path / 'c.csv').write_bytes(b'\xef\xbb\xbf')
+  source = SourceConfig(kind='csv', path=f'{tmp_path}/*.csv', text_field='t')
+  assert read(source) == (['one'], {})
+  (tmp_path / 'd.csv').write_text('"')
+  with pytest.raises(ValueError, match='d.csv: a quote in the line of its columns'):
+    read(source)

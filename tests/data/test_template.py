@@ -10,7 +10,7 @@ import pytest
 from data.batch import Batch
 from data.config import CleanConfig, DataConfig, SourceConfig
 from data.extra import extended
-from data.labelled import LabelWriter, in_place, share, split
+from data.labelled import LabelWriter, in_place, split
 from data.records import LabelRecord, TextRecord
 from data.template import Asking, Template
 from data.tokenizers import ByteTokenizer
@@ -205,4 +205,3 @@ def test_the_same_texts_are_held_out_whatever_they_are_asked_with(tmp_path):
     split(DataConfig(sources=(wrong,)))
   with pytest.raises(ValueError, match='200 records are to train on and 0 held out'):
     split(config('a.csv', 1e-9))
-  assert share(b'\x00' * 16) == 0 and share(b'\x00' * 7 + b'\x80' + b'x' * 8) == 0.5

@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from data import sentencepiece as pieces, sources, tokenizers
 from data.config import TOKENIZER_KINDS, SourceConfig, TokenizerConfig
+from data.encoding import encoded_behind
 from tests.data.tokenizer_families import CORPUS
 
 T5 = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 't5.model'
@@ -238,3 +239,28 @@ def test_what_is_no_sentencepiece_model_is_named(tmp_path, content):
   (tmp_path / 'tokenizer.model').write_bytes(content)
   with pytest.raises(ValueError, match=f'{tmp_path}/tokenizer.model'):
     tokenizers.load(tmp_path / 'tokenizer.model')
+
+
+@pytest.mark.parametrize('kind', TOKENIZER_KINDS)
+def test_the_files_of_a_directory_are_those_of_the_index_in_it(kind, tmp_path):
+  (tmp_path / 'more').mkdir()
+  for name in ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'):
+    (tmp_path / name).write_text('{}')
+  files = tokenizers.of(kind).paths(tmp_path)
+  assert all(file.is_file() for file in files) and len(files) > 1
+  assert tokenizers.of(kind).paths(tmp_path / 'tokenizer.json') == files
+  alone = tmp_path / 'tokenizer.model'
+  if kind == 'sentencepiece':
+    assert tokenizers.of(kind).paths(alone) == [alone]
+
+
+@pytest.mark.parametrize('removes', [False, True])
+@pytest.mark.parametrize(
+  'text', ['lazy', ' lazy', '  lazy', 'ü', '你好', '.', '12', 'a\u2581b', '']
+)
+def test_what_stands_behind_a_text_has_no_dummy_prefix(removes, text):
+  """The ids that the two have as one text, where no piece is of both."""
+  tok = prefixed(remove_extra_whitespaces=removes)
+  before = tok.encode('fox;')
+  assert before + encoded_behind(tok, text) == tok.encode('fox;' + text)
+  assert encoded_behind(trained(), text) == trained().encode(text)
