@@ -253,13 +253,19 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special, f
       produce,
       shard_bytes,
     )
-  hf = (
-    family.to_hf(config)
-    | {'torch_dtype': dtype}
-    | {f'{name}_token_id': special.get(name) for name in ('bos', 'eos', 'pad')}
-    | ({KEY: coded.settings} if coded else {})
-  )
+  hf = family.to_hf(config) | {'torch_dtype': dtype}
+  hf |= _special_ids(special, hf) | ({KEY: coded.settings} if coded else {})
   files.replace(directory / 'config.json', json.dumps(hf, indent=2) + '\n')
+
+
+def _special_ids(special: dict, hf: dict) -> dict:
+  """Ids for a config.json. A decoder that is told what to begin with begins with padding, as
+  decode.generator does.
+  """
+  ids = {f'{name}_token_id': special.get(name) for name in ('bos', 'eos', 'pad')}
+  if 'decoder_start_token_id' in hf and ids['pad_token_id'] is not None:
+    ids['decoder_start_token_id'] = ids['pad_token_id']
+  return ids
 
 
 def check(

@@ -205,7 +205,7 @@ def route(
 
   As transformers does it: a softmax group is as good as its best expert (DeepSeek-V2,
   arXiv:2405.04434, section 2.2.2), a sigmoid group as its best two (DeepSeek-V3, arXiv:2412.19437,
-  section 2.1.2), and experts of other groups score 0.
+  section 2.1.2), and experts of other groups are never chosen, however low a bias brings the rest.
   """
   scores = jax.nn.softmax(logits) if moe.router == 'softmax' else jax.nn.sigmoid(logits)
   choice = scores if selection_bias is None else scores + selection_bias[None]
@@ -218,7 +218,7 @@ def route(
     ].sum(-1)
     groups = jax.lax.top_k(best, moe.groups_per_token)[1]
     inside = (groups[:, :, None] == jnp.arange(moe.groups)[None, None]).any(1)
-    choice = jnp.where(inside[:, :, None], grouped, 0.0).reshape(choice.shape)
+    choice = jnp.where(inside[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
   choices = jax.lax.top_k(choice, moe.per_token)[1]
   # Of the scores: the selection bias decides who is chosen, not how much that counts.
   gates = jnp.take_along_axis(scores, choices, 1)

@@ -22,6 +22,15 @@ def check(prefix: str, config, choices: dict, **least: int) -> None:
       )
 
 
+# What each scaling of rotary positions reads.
+SCALINGS = {
+  'none': (),
+  'linear': ('factor',),
+  'llama3': ('factor', 'original_length', 'low', 'high'),
+  'yarn': ('factor', 'original_length', 'low', 'high', 'attention_factor', 'truncate'),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
   """Rotary positions (Su et al., arXiv:2104.09864), and how they are stretched beyond the length of
@@ -56,7 +65,7 @@ class RopeConfig:
     check(
       'model.rope',
       self,
-      {'scaling': ('none', 'linear', 'llama3', 'yarn')},
+      {'scaling': (*SCALINGS,)},
       local_base=0,
       factor=1,
       original_length=0,
@@ -118,8 +127,8 @@ class MoEConfig:
       arXiv:2412.19437, section 2.1.2).
     scale: of the gates. selection_bias: a bias per expert that takes part in the choice and not in
       the gate (arXiv:2408.15664).
-    bias_rate: by how much that bias moves after a step, towards experts with less than their share;
-      0: never.
+    bias_rate: by how much that bias moves after a step, towards experts with less than their share,
+      where it is trained (train.trained, train.frozen); 0: never.
     dispatch: 'dropless'; 'capacity': an expert takes the first capacity_factor * tokens * per_token
       / experts of each device; 'dense': every expert computes every token (the obviously right
       twin).

@@ -33,6 +33,7 @@ def balanced(model, load: Float[Array, 'L E'], rate: float):
   share (moe.moved).
 
   load: choices that fell on each expert, of the layers with experts in order (Output.router).
+  A bias that is None stays so: a frozen one is no part of what is trained.
   """
   moved = names.imported('model.moe.moved')
   model = jax.tree.map(lambda x: x, model)  # a copy, to be written to
@@ -40,8 +41,7 @@ def balanced(model, load: Float[Array, 'L E'], rate: float):
     layer: i for i, layer in enumerate(i for i, kind in enumerate(model.config.kinds) if kind.moe)
   }
   for block, (kind, layers) in zip(model.stack.blocks, model.config.places, strict=True):
-    if kind.moe:
-      bias = block.feed_forward.selection_bias
+    if kind.moe and (bias := block.feed_forward.selection_bias) is not None:
       of = load[np.array([row[layer] for layer in layers])]
       # Of layers that share a router, together.
       of = of.reshape(-1, model.config.shared_layers, of.shape[1]).sum(1)

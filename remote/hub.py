@@ -1,6 +1,7 @@
 """How does what lies on Hugging Face's hub come here? By huggingface_hub, into its cache:
 
 hf://ORG/NAME[@REVISION]                        a model
+hf://ORG/NAME[@REVISION]/PATH                   a file of it, or a directory
 hf://datasets/ORG/NAME[@REVISION]/PATTERN       files of a dataset
 """
 
@@ -57,9 +58,11 @@ def pattern(address: str) -> str:
 
 
 def here(address: str) -> pathlib.Path:
-  """What a repository tells of its model and its tokenizer (SMALL), or the file of it."""
+  """What a repository, or a directory of it, tells of its model and its tokenizer (SMALL), or the
+  file of it.
+  """
   of = named(address)
-  wanted = [of.path] if of.path else SMALL
+  wanted = [of.path, *(f'{of.path}/{name}' for name in SMALL)] if of.path else SMALL
   remedy = "bring the tokenizer's files into a directory, and give that"
   return brought(of, wanted, remedy) / of.path
 
@@ -67,8 +70,8 @@ def here(address: str) -> pathlib.Path:
 def brought(of: Named, wanted: Sequence[str], remedy: str) -> pathlib.Path:
   """The directory where huggingface_hub keeps a repository, with the files that are wanted.
 
-  wanted: patterns; of a model, of its first level only, since some keep the same weights again in
-  other forms below. remedy: what to do where nothing comes.
+  wanted: patterns; of a model without a path, of its first level only, since some keep the same
+  weights again in other forms below. remedy: what to do where nothing comes.
   Raises FileNotFoundError, with that, where it cannot be had.
   """
   # Not imported with this module: it takes half a second.
@@ -79,7 +82,9 @@ def brought(of: Named, wanted: Sequence[str], remedy: str) -> pathlib.Path:
       f'{of.repository} is no directory here, and huggingface_hub, which would bring it, is not '
       f'installed: pip install huggingface_hub, or {remedy}'
     ) from error
-  only = {'repo_type': 'dataset'} if of.kind == 'dataset' else {'ignore_patterns': ['*/*']}
+  only = {'repo_type': 'dataset'} if of.kind == 'dataset' else {}
+  if of.kind == 'model' and not of.path:
+    only = {'ignore_patterns': ['*/*']}
   try:
     return pathlib.Path(
       huggingface_hub.snapshot_download(

@@ -121,9 +121,13 @@ def _taken(error: OSError) -> bool:
 
 
 def _wait_for_end(path, place: str, remedy: str) -> None:
-  """Returns once the lock's object is gone. Raises files.InUse where its holder lives."""
-  before, told, until = _holder(path), False, time.monotonic() + STALE
-  while before and (held := _holder(path)) == before:
+  """Returns once the lock's object is gone. Raises files.InUse where its holder lives.
+
+  One that cannot be read is of nobody that is known, who may give a sign of life all the same.
+  """
+  before, told, until = _content(path), False, time.monotonic() + STALE
+  while (now := _content(path)) is not None and now == before:
+    held = _held(now, path)
     here = held.get('host') == socket.gethostname() and held.get('space') == _space()
     gone = here and not files.alive(held.get('process') or 0)
     if gone or time.monotonic() > until:
@@ -133,8 +137,8 @@ def _wait_for_end(path, place: str, remedy: str) -> None:
       told = True
       print(f'waiting {STALE} s, at most, for a sign of life of {_named(held)} in {place}')
     time.sleep(1)
-  if held:
-    raise files.InUse(f'{place} is in use by {_named(held)}; {remedy}', sure=False)
+  if now is not None:
+    raise files.InUse(f'{place} is in use by {_named(_held(now, path))}; {remedy}', sure=False)
 
 
 def _settled(path) -> dict:
@@ -149,11 +153,24 @@ def _named(held: dict) -> str:
   )
 
 
-def _holder(path) -> dict:
+def _content(path) -> bytes | None:
+  """Of the lock's object; None where there is none."""
   try:
-    return files.json_object(path.read_bytes(), path)
-  except (FileNotFoundError, ValueError):
+    return path.read_bytes()
+  except FileNotFoundError:
+    return None
+
+
+def _held(content: bytes | None, path) -> dict:
+  """What a holder wrote; {} where that is nothing, or cannot be read."""
+  try:
+    return {} if content is None else files.json_object(content, path)
+  except ValueError:
     return {}
+
+
+def _holder(path) -> dict:
+  return _held(_content(path), path)
 
 
 _leases: dict[object, _Lease] = {}

@@ -4,9 +4,13 @@ transformation.
 Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861. A block is 256
 neighbours along the last axis (the last block of a row may be shorter). It stores the largest
 magnitude in f32 and, for each element, a byte that stands for a fraction of it on a scale that is
-dense near zero: tiny second moments survive, which a linear scale would flush. A parameter whose
-last axis is W wide (W <= 256, or a multiple) has 2 + 8 / min(256, W) bytes of state per element,
-2.03 from 256 on, where f32 Adam has 8.
+dense near zero, which holds most second moments that a linear scale would flush. Those below all of
+its levels (of a gradient less than about 4e-4 of the block's largest) are rounded up to the lowest,
+3.25e-7 of the largest, and never to 0: an update is divided by their root, and would be thousands
+of times Adam's; so it is smaller than that.
+
+A parameter whose last axis is W wide (W <= 256, or a multiple) has 2 + 8 / min(256, W) bytes of
+state per element, 2.03 from 256 on, where f32 Adam has 8.
 
 The paper's blocks run over the flattened tensor; along the last axis they follow a sharded tensor.
 Codes have the parameter's own shape and sharding, and blocks are the same on every mesh, so a
@@ -129,10 +133,13 @@ def dynamic_map(signed: bool) -> Float[np.ndarray, '256']:
 def quantize(x: Float[Array, '... W'], signed: bool) -> Quantized:
   """The nearest codes and the scales they refer to; a NaN makes its block's scale NaN, so that it
   comes back as NaN.
+
+  What is unsigned and above 0 has a code above 0: it is divided by.
   """
   largest = _largest_per_block(x)
   scale = _per_element(largest, x)
-  return Quantized(encode(x / jnp.where(scale > 0, scale, 1), signed), largest)
+  codes = encode(x / jnp.where(scale > 0, scale, 1), signed)
+  return Quantized(codes if signed else jnp.maximum(codes, (x > 0).astype(jnp.uint8)), largest)
 
 
 def dequantize(q: Quantized | Float[Array, '...'], signed: bool) -> Float[Array, '... W']:

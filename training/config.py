@@ -172,7 +172,8 @@ class Config:
     T, B = self.data.sequence_length, self.data.batch_size
     longest = self.objective.longest_row(self.data)
     if 0 < self.model.max_length < longest:
-      field = 'data.sequence_length' if longest == T else 'objective.target_length'
+      target = 'max_new_tokens' if hasattr(self.objective, 'max_new_tokens') else 'target_length'
+      field = 'data.sequence_length' if longest == T else f'objective.{target}'
       raise ValueError(
         f'{field}={longest} passes model.max_length={self.model.max_length}; raise it, or set it '
         'to 0'

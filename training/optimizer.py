@@ -156,7 +156,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   With W steps of warm-up the first update gets learning_rate / (W + 1), update W the peak; the
   final value would be reached at number `steps` and is held after it.
 
-  Raises ValueError when warm-up and decay, or the steps of pruning, do not fit into the run.
+  Raises ValueError when warm-up and decay, or the steps of pruning, do not fit into the run, and
+  where a share to decay over that was asked for is no step of it.
   """
   if config.prune:
     names.imported('training.prune.parsed')(config.prune, steps)
@@ -164,6 +165,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   warm = config.warmup_steps or round(config.warmup_fraction * steps)
   after = steps - warm
   decay = round(s.get('decay_fraction', 0) * steps)
+  if config.decay_fraction > 0 and not decay:
+    raise ValueError(
+      f'optimizer.decay_fraction={config.decay_fraction} of {steps} steps is no step, and '
+      f"{config.schedule!r} would never decay; use at least {1 / steps:.2g}, or schedule='constant'"
+    )
   if after < max(1, decay):
     raise ValueError(
       f'optimizer.warmup_steps={warm} plus a final decay of {decay} steps do not '
@@ -181,8 +187,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
   if not warm:
     return schedule
-  warmup = optax.linear_schedule(peak / (warm + 1), peak, warm)
-  return optax.join_schedules([warmup, schedule], [warm])
+  return optax.join_schedules(
+    [optax.linear_schedule(peak / (warm + 1), peak, warm), schedule], [warm]
+  )
 
 
 def make_optimizer(
@@ -198,8 +205,8 @@ def make_optimizer(
       'embedding', 'vector') and `inputs` (the number of axes, after layers and experts, that a
       matrix contracts over).
     whole: whether these are all parameters of the model, not a part of them (see training.update).
-  Raises ValueError for a description that makes no sense, and when 'muon' finds no matrix to work
-    on.
+  Raises ValueError for a description that makes no sense, and when 'muon' or config.prune finds no
+    matrix to work on.
   """
   for path, spec in jax.tree_util.tree_leaves_with_path(specs):
     _check_spec(jax.tree_util.keystr(path, simple=True, separator='.'), spec)
@@ -216,7 +223,7 @@ def make_optimizer(
   return (
     chain
     if not config.prune
-    else names.imported('training.prune.pruning')(chain, config.prune, steps, specs)
+    else names.imported('training.prune.pruning')(chain, config.prune, steps, specs, whole)
   )
 
 

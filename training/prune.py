@@ -85,13 +85,20 @@ class Pruned(NamedTuple):
 
 
 def pruning(
-  optimizer: optax.GradientTransformation, text: str, steps: int, specs
+  optimizer: optax.GradientTransformation, text: str, steps: int, specs, whole: bool
 ) -> optax.GradientTransformation:
-  """The optimizer under which what is 0 stays so. text: of optimizer.prune; specs: as
+  """The optimizer under which what is 0 stays so. text: of optimizer.prune; specs, whole: as
   training.optimizer.make_optimizer has them.
+
+  Raises ValueError where `whole` and nothing that is trained can be pruned.
   """
   how = parsed(text, steps)
   summed = {name: _summed(spec) for name, spec in named_leaves(specs).items() if _goes(name, spec)}
+  if whole and not summed:
+    raise ValueError(
+      f'optimizer.prune={text!r}: no matrix of a block is trained, so there is nothing to prune; '
+      'leave it empty, or let train.trained match some'
+    )
 
   def init(parameters):
     return Pruned(jnp.zeros((), jnp.int32), optimizer.init(parameters))

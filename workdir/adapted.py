@@ -184,7 +184,7 @@ def merge(
   if config.adapter.base:
     model_config = untied(model_config)
   checkpoints = Checkpoints(workdir, log=log)
-  step = step_of(checkpoints, name) or checkpoints.latest()
+  step = step_of(checkpoints, name)
   mesh = checkpoint.default_mesh(config.model)
   with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
@@ -214,7 +214,7 @@ def export_adapter(
 ) -> int:
   """Writes a checkpoint's adapter as PEFT keeps it; returns its step."""
   config, checkpoints = config_of(workdir), Checkpoints(workdir, log=log)
-  step = step_of(checkpoints, name) or checkpoints.latest()
+  step = step_of(checkpoints, name)
   with jax.set_mesh(checkpoint.default_mesh(config.model)):
     adapter = jax.device_get(adapter_of(config, checkpoints, step))
   arrays = {

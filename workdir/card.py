@@ -102,7 +102,7 @@ def blocks_of(
     ),
     'model': _model(workdir, config),
     'data': _data(config, record),
-    'training': _training(config, facts, lines, step),
+    'training': _training(config, facts, lines, checkpoints, step),
     'scores': card.scores(found, _others(places), step),
     'energy': _energy(config, facts, lines, rates or {}),
   }
@@ -199,10 +199,17 @@ def _listed(of: Mapping) -> str:
   return ', '.join(listed) or 'none'
 
 
-def _training(config: Config, facts: Mapping, lines: Sequence[Mapping], step: int | None) -> str:
+def _training(
+  config: Config,
+  facts: Mapping,
+  lines: Sequence[Mapping],
+  checkpoints: Checkpoints,
+  step: int | None,
+) -> str:
   if not lines or not facts:
     return f'Nothing was trained here; the model is that of checkpoint {step}.'
-  rows = report.achieved(lines, config.objective.loss_unit, **facts)
+  best = report.kept_best(checkpoints, lines)
+  rows = report.achieved(lines, config.objective.loss_unit, best, **facts)
   parts = [page.table(['', ''], rows), 'Settings other than the defaults:']
   return '\n\n'.join([*parts, report.described(config)])
 

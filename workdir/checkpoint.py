@@ -142,8 +142,16 @@ class Checkpoints:
     names_ = [path.stem for path in self.directory.glob('*.json') if path.stem.isdecimal()]
     return sorted(int(name) for name in names_ if name == self._path(int(name)).name)
 
-  def record(self, step: int) -> dict:
-    """What the record of `step` holds, or ValueError if it cannot be read."""
+  def record(self, step: int | None) -> dict:
+    """What the record of `step` holds.
+
+    Raises ValueError where it cannot be read, FileNotFoundError for None: there is no checkpoint.
+    """
+    if step is None:
+      raise FileNotFoundError(
+        f'{self.directory} holds no checkpoint; train with train.py '
+        f'--workdir={self.directory.parent} first'
+      )
     path = self._path(step).with_suffix('.json')
     try:
       sealed = json.loads(path.read_text())
@@ -244,14 +252,15 @@ class Checkpoints:
         'of this one, directory and record'
       )
 
-  def restore(self, step: int, target, only: str = '', some: bool = False):
+  def restore(self, step: int | None, target, only: str = '', some: bool = False):
     """The state of `step` in the shape of `target`, an abstract tree with shardings (see
     `abstract`).
 
     only: 'models.policy', as an example, restores that model alone; `target` is then the abstract
       model.
     some: whether the checkpoint may have more than `target` asks for.
-    Raises ValueError that lists what is missing, left over or of another shape or type.
+    Raises as `record`, and ValueError that lists what is missing, left over or of another shape or
+    type.
     """
     saved = {
       name: (tuple(shape), dtype) for name, (shape, dtype) in self.record(step)['leaves'].items()
@@ -293,18 +302,15 @@ class Checkpoints:
     """The main model of `step`, by default the last whole one, in the shape and the types of
     `target`, whatever types it was kept in; what of it is by reference, from there.
 
-    some: whether `target` may be a part of it. Raises FileNotFoundError where there is none.
+    some: whether `target` may be a part of it. Raises as `record`.
     """
-    if not self.steps():
-      raise FileNotFoundError(
-        f'{self.directory} holds no checkpoint; train with train.py '
-        f'--workdir={self.directory.parent} first'
-      )
     step = self.latest() if step is None else step
     record = self.record(step)
     # The policy, or the only model that there is.
-    kept = {name.split('.')[1] for name in record['leaves'] if name.startswith('models.')}
-    kept |= {*record.get('references', {})}
+    kept = {
+      *(name.split('.')[1] for name in record['leaves'] if name.startswith('models.')),
+      *record.get('references', {}),
+    }
     main = MAIN if MAIN in kept or len(kept) != 1 else kept.pop()
     reference = record.get('references', {}).get(main)
     if not reference:
@@ -339,8 +345,10 @@ class Checkpoints:
       lambda x, wanted: x if x.dtype == wanted.dtype else _cast(x, wanted.dtype), model, target
     )
 
-  def reference(self, step: int) -> dict:
-    """What `check` knows a checkpoint by, JSON-able: its directory, step and digest."""
+  def reference(self, step: int | None) -> dict:
+    """What `check` knows a checkpoint by, JSON-able: its directory, step and digest. Raises as
+    `record`.
+    """
     self.record(step)
     sealed = json.loads(self._path(step).with_suffix('.json').read_text())
     return {'directory': str(self.directory.parent), 'step': step, 'digest': sealed['sha256']}

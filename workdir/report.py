@@ -23,6 +23,7 @@ from training import config as configs
 from training.config import Config
 from training.costs import ReportConfig
 from workdir import curves, samples
+from workdir.checkpoint import Checkpoints
 from workdir.metrics import FILE, lowest, read_metrics
 from workdir.seals import FACTS, metrics_problem
 from workdir.watch import short
@@ -62,7 +63,8 @@ def write_report(
   title = f'{name}: {short(parameters)} parameters, {short(lines[-1]["tokens"])} tokens'
   files.replace(directory / 'loss.png', plot(lines, title))
   unit = 'nats/token' if settings is None else settings.objective.loss_unit
-  rows = achieved(lines, unit, parameters, flops_per_token, chips, hardware)
+  best = kept_best(Checkpoints(directory), lines)
+  rows = achieved(lines, unit, best, parameters, flops_per_token, chips, hardware)
   rows += cost(lines, config, chips)
   table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
   pictures = ['![Loss curve](loss.png)', curves.write(directory, lines, title)]
@@ -75,16 +77,29 @@ def write_report(
   return directory / 'report.md'
 
 
+def kept_best(checkpoints: Checkpoints, lines: Sequence[Mapping[str, float]]) -> int | None:
+  """The step whose checkpoint is the best one, by whatever it was judged; without checkpoints the
+  one with the lowest validation loss. Step 0 is what was begun with, and never judged.
+  """
+  if checkpoints.steps():
+    return checkpoints.best()
+  steps, losses = _points(lines, 'validation_loss')
+  return lowest({step: loss for step, loss in zip(steps, losses, strict=True) if step})
+
+
 def achieved(
   lines: Sequence[Mapping[str, float]],
   unit: str,
+  best: int | None,
   parameters: int,
   flops_per_token: float,
   chips: int,
   hardware: str,
 ) -> list[tuple[str, str]]:
-  """(what, how much) of a run; unit: of its loss. The others are as write_report has them."""
-  rows = _progress(lines, unit) + _speed(lines, chips, hardware)
+  """(what, how much) of a run; unit: of its loss; best: see kept_best. The others are as
+  write_report has them.
+  """
+  rows = _progress(lines, unit, best) + _speed(lines, chips, hardware)
   return rows + _compute(lines, parameters, flops_per_token)
 
 
@@ -272,7 +287,7 @@ def _baselines(lines) -> dict[str, float]:
   return {name: value for name, value in found.items() if value is not None}
 
 
-def _progress(lines, unit='nats/token'):
+def _progress(lines, unit='nats/token', best=None):
   rows = [
     ('Steps', f'{lines[-1]["step"]:,}'),
     ('Tokens', short(lines[-1]['tokens'])),
@@ -281,8 +296,11 @@ def _progress(lines, unit='nats/token'):
   steps, validation = _points(lines, 'validation_loss')
   if validation:
     losses = dict(zip(steps, validation, strict=True))
-    best = lowest(losses)
-    of = 'none is finite' if best is None else f'{amount(losses[best], 4)} at step {best:,}'
+    of = 'none' if lowest(losses) is not None else 'none is finite'
+    if best is not None:
+      # A task may have judged it, at a step of its own.
+      loss = f'{amount(losses[best], 4)} at ' if best in losses else ''
+      of = f'{loss}step {best:,}'
     last = amount(validation[-1], 4)
     rows.append(('Validation loss, last (best)', f'{last} ({of}) {unit}'.strip()))
   for name, (_, values) in _by_source(lines).items():

@@ -80,7 +80,7 @@ def open_reward(
   normalised: whether its rewards are to be of mean 0 and standard deviation 1, by what `normalise`
     has kept.
   Raises ValueError for a run of another kind, and where what was found is not there, or of another
-  checkpoint.
+  checkpoint; FileNotFoundError where there is none.
   """
   config = config_of(workdir)
   if not getattr(config.objective, 'gives_rewards', False):
@@ -90,7 +90,8 @@ def open_reward(
     )
   checkpoints = Checkpoints(workdir)
   step = step_of(checkpoints, checkpoint)
-  scale = _scale(pathlib.Path(workdir), checkpoints.reference(step)) if normalised else {}
+  reference = checkpoints.reference(step)
+  scale = _scale(pathlib.Path(workdir), reference) if normalised else {}
   run = open_run(workdir, str(step), mesh)
   model = LoadedModel(run.model, run.tokenizer, run.mesh)
   roles = config.objective.models(config.model)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from model.config import Kind, LatentConfig, ModelConfig, MoEConfig, RopeConfig
 from model.families.keys import Keys, unsupported
 from model.families.layout import Source
+from model.parts import SCALINGS
 
 ACTIVATIONS = {
   'silu': 'silu',
@@ -125,12 +126,13 @@ def rope_parameters(config: ModelConfig, base: float = 0.0) -> dict:
   return parameters
 
 
-def read_rope(keys: Keys) -> RopeConfig:
+def read_rope(keys: Keys, otherwise: dict | None = None) -> RopeConfig:
   """The RopeConfig of a model, from the new spelling (rope_parameters) or the old
-  (rope_theta, rope_scaling).
+  (rope_theta, rope_scaling); otherwise: parameters where neither has a value.
   """
+  parameters = keys('rope_parameters', 'rope_scaling')
   return rope(
-    keys('rope_parameters', 'rope_scaling') or {},
+    otherwise or {} if parameters is None else parameters,
     float(keys('rope_theta')),
     keys('max_position_embeddings'),
   )
@@ -385,13 +387,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
 
 def _canonical_rope(config: ModelConfig, looks: set[int]) -> RopeConfig:
   r, default = config.rope, RopeConfig()
-  used = {
-    'none': (),
-    'linear': ('factor',),
-    'llama3': ('factor', 'original_length', 'low', 'high'),
-    'yarn': ('factor', 'original_length', 'low', 'high', 'attention_factor', 'truncate'),
-  }[r.scaling]
-  kept = {field: getattr(r, field) for field in ('base', 'scaling', *used)}
+  kept = {field: getattr(r, field) for field in ('base', 'scaling', *SCALINGS[r.scaling])}
   if max(looks) and r.local_base and (r.local_base != r.base or r.scaling != 'none'):
     kept['local_base'] = r.local_base
   if kept.get('attention_factor') == mscale(r.factor, 1.0):

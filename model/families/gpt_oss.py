@@ -20,7 +20,6 @@ DEFAULTS = common.LLAMA_LIKE | dict(
   rms_norm_eps=1e-5,
   head_dim=64,
   rope_theta=150000.0,
-  rope_parameters=YARN,
   sliding_window=128,
   layer_types=None,
   attention_bias=True,
@@ -47,7 +46,13 @@ def config(hf: dict) -> ModelConfig:
     feed_forward=keys('intermediate_size'),
   )
   network = common.llama_like(
-    keys, activation='clamped_silu', biases='all', sinks=True, moe=moe, **windows
+    keys,
+    activation='clamped_silu',
+    biases='all',
+    sinks=True,
+    moe=moe,
+    rope=common.read_rope(keys, YARN),
+    **windows,
   )
   keys.close('initial_context_length')
   return network

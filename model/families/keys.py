@@ -64,16 +64,29 @@ class Keys:
     self._hf, self._defaults, self._read = hf, defaults, set()
 
   def __call__(self, *names: str) -> Any:
-    """The value of the first of these names (of one thing) that has one, else the default;
-    ValueError for neither.
+    """The value of these names (of one thing) that the file has, else the default.
+
+    Raises ValueError for neither, and where two names have a value and these differ.
     """
     self._read.update(names)
-    found = [self._hf[name] for name in names if name in self._hf]
-    if found:
-      return next((value for value in found if value is not None), None)
+    written = {name: self._hf[name] for name in names if name in self._hf}
+    if written:
+      said = {name: value for name, value in written.items() if value is not None}
+      self._check_one(said)
+      return next(iter(said.values()), None)
     if names[0] not in self._defaults:
       raise ValueError(f'config.json has no {names[0]!r}, and it cannot be guessed')
     return self._defaults[names[0]]
+
+  def _check_one(self, said: dict[str, Any]) -> None:
+    first, *others = said or [None]
+    for name in others:
+      if _in_one_spelling(said[name]) != _in_one_spelling(said[first]):
+        raise ValueError(
+          f'config.json has {first}={said[first]!r} and {name}={said[name]!r}: two names of one '
+          f'thing, with other values; leave out the wrong one, --ignore_key={name} or '
+          f'--ignore_key={first}'
+        )
 
   def only(self, name: str, *allowed) -> None:
     """Raises NotImplementedError for a value that changes the computation in a way that is not
@@ -106,6 +119,15 @@ class Keys:
         'what the model computes, ignore them: '
         + ' '.join(f'--ignore_key={name}' for name in unknown)
       )
+
+
+def _in_one_spelling(value):
+  """Rotary parameters as they are written now: their kind was called 'type'; others as they are."""
+  if not isinstance(value, dict):
+    return value
+  kind = value.get('rope_type', value.get('type'))
+  kept = {name: x for name, x in value.items() if name != 'type' and x is not None}
+  return kept if kind is None else kept | {'rope_type': kind}
 
 
 def unsupported(what: str, supported: Iterable[str]) -> NotImplementedError:

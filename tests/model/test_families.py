@@ -390,6 +390,33 @@ def test_old_and_new_spellings_of_rotary_positions_are_the_same():
   assert families.read(written) == families.read(old)
 
 
+@pytest.mark.parametrize('name', ['llama', 'gemma3', 'deepseek_v3', 'gpt_oss'])
+def test_two_names_of_one_thing_say_the_same(name):
+  """transformers takes rope_scaling, where there is one, and drops what stands in the new key."""
+  stretched = {'rope_type': 'linear', 'factor': 8.0}
+  both = HF[name] | {'rope_parameters': stretched}
+  assert families.read(both | {'rope_scaling': {'type': 'linear', 'factor': 8.0}})
+  assert families.read(both | {'rope_scaling': None}) == families.read(both)
+  other = both | {'rope_scaling': {'type': 'yarn', 'factor': 4.0}}
+  with pytest.raises(ValueError, match='rope_parameters=.*and rope_scaling=.*--ignore_key=rope_s'):
+    families.read(other)
+  assert families.read(other, ignore=('rope_scaling',)) == families.read(both)
+
+
+def test_rotary_parameters_that_are_null_are_none():
+  """Then transformers stretches gpt-oss's by YaRN, as where there is no key."""
+  without = {key: value for key, value in HF['gpt_oss'].items() if key != 'rope_parameters'}
+  config = families.read(without)[1]
+  assert config.rope.scaling == 'yarn' and config.rope.factor == 32 and config.rope.base == 150_000
+  for null in ({'rope_parameters': None}, {'rope_scaling': None}):
+    assert families.read(without | null)[1] == config
+
+
+def test_two_numbers_of_experts_are_no_number():
+  with pytest.raises(ValueError, match='num_local_experts=8 and num_experts=9'):
+    families.read(HF['mixtral'] | {'num_local_experts': 8, 'num_experts': 9})
+
+
 def test_a_text_model_with_a_vision_tower_is_read_as_the_text_model():
   text = {
     'model_type': 'gemma3_text',

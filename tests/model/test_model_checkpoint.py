@@ -14,7 +14,7 @@ import pytest
 
 import convert
 from data import tokenizers
-from model import checkpoint, params, rearranged, stream, tensorfiles
+from model import checkpoint, families, params, rearranged, stream, tensorfiles
 from model.tensorfiles import TensorFiles
 from parallel.mesh import NO_MESH, MeshConfig, make_mesh
 from tests.goldens import ours, tiny
@@ -31,6 +31,17 @@ LLAMA = dict(
   num_hidden_layers=3,
   rms_norm_eps=1e-5,
   tie_word_embeddings=False,
+)
+T5 = dict(
+  model_type='t5',
+  architectures=['T5ForConditionalGeneration'],
+  vocab_size=68,
+  d_model=16,
+  d_kv=8,
+  d_ff=16,
+  num_layers=1,
+  num_heads=2,
+  is_encoder_decoder=True,
 )
 DEEPSEEK = dict(tiny.LATENT, model_type='deepseek_v3', vocab_size=68)
 
@@ -282,6 +293,17 @@ def test_what_lies_in_the_directory(llama, tmp_path):
   (llama / 'config.json').unlink()
   with pytest.raises(FileNotFoundError, match='config.json'):
     checkpoint.load(llama)
+
+
+def test_a_decoder_begins_with_padding_wherever_it_goes(tmp_path, monkeypatch):
+  """T5's is 0; here it is another tokenizer's. What is written reads back."""
+  monkeypatch.setattr(checkpoint, 'write', lambda *of: None)  # of tensors
+  family, config = families.read(T5)
+  for special, start in (({}, 0), ({'eos': 1, 'pad': 3}, 3)):
+    checkpoint.write_files({}, config, tmp_path, family, 'float32', 1, special)
+    written = checkpoint.read_json(tmp_path)
+    assert written['decoder_start_token_id'] == start
+    assert families.read(written)[1] == config
 
 
 def test_an_error_leaves_nothing_behind(llama, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 import random
+import time
 
 import pytest
 
@@ -130,6 +131,47 @@ def test_a_lock_whose_holder_is_gone_is_taken_over(bucket, monkeypatch):
   held_by(lock, host='elsewhere')
   with files.locked(lock, 'run', 'wait'):
     pass
+
+
+@pytest.fixture
+def in_memory(monkeypatch):
+  """A bucket that is no server's."""
+  memory = pytest.importorskip('fsspec').filesystem('memory')
+  monkeypatch.setattr(system, 'of', lambda scheme, first=False: memory)
+  monkeypatch.setattr(lease, 'SETTLES', 0)
+  yield files.place('s3://in-memory')
+  memory.store.clear()
+
+
+def test_a_holder_that_ends_while_it_is_looked_at_is_no_holder(in_memory, monkeypatch):
+  """Between the refusal and the first look, and between two looks."""
+  lock = in_memory / 'run' / 'lock'
+  made, refused = lease._created, iter([False])
+  monkeypatch.setattr(lease, '_created', lambda *of: next(refused, True) and made(*of))
+  with files.locked(lock, 'run', 'wait'):
+    pass
+  held_by(lock, host='elsewhere')
+  looked = iter([True])
+  monkeypatch.setattr(lease.time, 'sleep', lambda _: next(looked, False) and lock.unlink())
+  with files.locked(lock, 'run', 'wait'):
+    pass
+  assert not [*refused, *looked]
+
+
+@pytest.mark.parametrize('content', [b'', b'[]', b'{}', b'\xff{'])
+def test_a_lock_that_cannot_be_read_is_waited_for_as_any_other(in_memory, monkeypatch, content):
+  lock, slept = in_memory / 'run' / 'lock', []
+  files.replace(lock, content)
+  began = time.monotonic()
+  monkeypatch.setattr(lease.time, 'monotonic', lambda: began + sum(slept))
+  monkeypatch.setattr(lease.time, 'sleep', slept.append)
+  with files.locked(lock, 'run', 'wait'):
+    assert lease.STALE < sum(slept) < lease.STALE + 3
+  files.replace(lock, content)
+  monkeypatch.setattr(lease.time, 'sleep', lambda _: held_by(lock, host='elsewhere'))
+  with pytest.raises(files.InUse, match='on elsewhere'):
+    with files.locked(lock, 'run', 'wait'):
+      pass
 
 
 def test_only_a_buckets_own_refusal_says_that_a_lock_is_taken():

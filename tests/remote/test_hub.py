@@ -63,6 +63,30 @@ def test_an_address_is_read_as_it_is_meant():
     sources.found('hf://org/name/*.jsonl')
 
 
+@pytest.mark.parametrize(
+  'path, brought',
+  [
+    ('', ['tokenizer.json']),
+    ('/tokenizer.json', ['tokenizer.json']),
+    ('/onnx/tokenizer.json', ['onnx/tokenizer.json']),
+    ('/onnx', ['onnx/tokenizer.json']),
+    ('@main/nowhere', []),
+  ],
+)
+def test_a_file_of_a_model_comes_from_wherever_it_lies(path, brought, monkeypatch, tmp_path):
+  library = pytest.importorskip('huggingface_hub')
+  there = ['tokenizer.json', 'onnx/tokenizer.json', 'onnx/model.onnx', 'model.safetensors']
+  came = []
+
+  def download(repository, *, revision, **only):
+    came.extend(library.utils.filter_repo_objects(there, **only))
+    return tmp_path
+
+  monkeypatch.setattr(library, 'snapshot_download', download)
+  place = hub.here(f'hf://org/name{path}')
+  assert came == brought and place == tmp_path / path.removeprefix('@main').lstrip('/')
+
+
 def test_where_the_hub_is_not_read_it_is_said_where_it_is():
   for what in ('--workdir', 'config.init', 'data.cache_dir'):
     with pytest.raises(

@@ -9,10 +9,12 @@ import pytest
 
 import convert
 from decode.generator import Generator
+from model import checkpoint, families, params
 from model.adaptation import AdapterConfig
-from tests.training.conftest import on, run_here
-from training import config as configs
+from tests.training.conftest import on, run_here, tiny
+from training import config as configs, state as states
 from workdir import samples
+from workdir.adapted import beside, export_adapter, merge
 from workdir.checkpoint import Checkpoints
 
 LORA = AdapterConfig(kind='lora', rank=2, alpha=64.0)
@@ -47,6 +49,51 @@ def leaves(directory, step):
 def logprobs(workdir):
   generator = Generator.load(workdir)
   return generator.score(['some words', 'other ones'])
+
+
+@pytest.fixture(scope='module')
+def two_adapters(tmp_path_factory):
+  """A run with an adapter, of which checkpoint 0 is all 1, and checkpoint 5 all 2."""
+  directory = tmp_path_factory.mktemp('two_adapters')
+  config = dataclasses.replace(tiny(), adapter=LORA, init='elsewhere')
+  checkpoints = Checkpoints(directory)
+  mesh = checkpoint.default_mesh(config.model)
+  with jax.set_mesh(mesh):
+    shapes = params.abstract(lambda: states.new_model(config, states.ADAPTER), mesh)
+    for step, value in ((0, 1.0), (5, 2.0)):
+      made = jax.tree.map(
+        lambda x: jax.device_put(np.full(x.shape, value, x.dtype), x.sharding), shapes
+      )
+      checkpoints.save(step, {'models': {states.ADAPTER: made}}, {}, {}, donated=False)
+  checkpoints.wait()
+  configs.save(config, directory)
+  return directory
+
+
+@pytest.mark.parametrize('name, step', [('0', 0), ('5', 5), ('last', 5)])
+def test_the_checkpoint_that_is_named_is_taken(two_adapters, tmp_path, monkeypatch, name, step):
+  """Also 0, which an import writes."""
+  llama, written = families.FAMILIES['llama'], tmp_path / 'peft'
+  written.mkdir()
+  assert export_adapter(two_adapters, name, written, llama, print) == step
+
+  def opened(config, checkpoints, step, target):
+    raise InterruptedError(f'merged step {step}')
+
+  monkeypatch.setattr('workdir.adapted.opened', opened)
+  with pytest.raises(InterruptedError, match=f'merged step {step}'):
+    merge(two_adapters, tmp_path / 'merged', name, False, print)
+
+
+def test_an_adapter_that_has_only_begun_goes_nowhere(tmp_path):
+  configs.save(dataclasses.replace(tiny(), adapter=LORA, init='elsewhere'), tmp_path / 'begun')
+  configs.save(tiny(), tmp_path / 'base')
+  for ask in (
+    lambda: export_adapter(tmp_path / 'begun', 'last', tmp_path, None, print),
+    lambda: beside({'begun': tmp_path / 'begun'}, tmp_path / 'base', tiny(), None, ''),
+  ):
+    with pytest.raises(FileNotFoundError, match='holds no checkpoint; train with train.py'):
+      ask()
 
 
 @pytest.mark.slow

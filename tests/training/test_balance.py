@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.preferences import ChoiceBatch
-from model import heads, transformer
+from model import heads, router, transformer
 from model.config import MoEConfig
 from objectives.classify_head import ClassifyHead
 from objectives.distil import Distil
@@ -18,6 +18,7 @@ from objectives.next_token import NextToken
 from objectives.preference import Preference
 from objectives.reward import Reward
 from tests.training.conftest import B, T, V, quickly, tiny
+from training import state as states
 
 MOE = MoEConfig(experts=4, balance_loss=0.3, z_loss=0.1)
 # Each of the same tokens, of which pairs learn from the second half of every segment.
@@ -40,6 +41,19 @@ def batch_of(learned: int) -> ChoiceBatch:
   batch.segments[:] = np.repeat([1, 2], half)
   batch.weights[:] = np.tile(np.arange(half) >= half - learned, 2)
   return jax.tree.map(jnp.asarray, batch)
+
+
+@pytest.mark.parametrize('frozen', [(), ('*.selection_bias',)])
+def test_a_frozen_selection_bias_stays_where_it_is(frozen):
+  """What a step balances is the trained part of a model, which has None in its place."""
+  moe = dataclasses.replace(MOE, selection_bias=True, bias_rate=0.1)
+  config = tiny(model={'layers': 1, 'moe': moe}, train={'frozen': frozen})
+  policy = jax.eval_shape(functools.partial(transformer.init, config.model, 0))
+  trained, _ = states.rule(config).parted({'policy': policy})
+  load = jnp.ones((1, moe.experts))
+  after = jax.eval_shape(lambda m: router.balanced(m, load, moe.bias_rate), trained['policy'])
+  assert jax.tree.structure(after) == jax.tree.structure(trained['policy'])
+  assert (after.stack.blocks[0].feed_forward.selection_bias is None) == bool(frozen)
 
 
 @pytest.mark.slow

@@ -386,6 +386,19 @@ def test_no_checkpoint_is_no_error(tmp_path):
   assert Checkpoints(tmp_path, log=pytest.fail).latest() is None
 
 
+def test_what_asks_for_one_all_the_same_is_told_that_there_is_none(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  step = checkpoints.latest()
+  for ask in (
+    lambda: checkpoints.record(step),
+    lambda: checkpoints.reference(step),
+    lambda: checkpoints.restore(step, {}),
+    lambda: checkpoints.model({}),
+  ):
+    with pytest.raises(FileNotFoundError, match='holds no checkpoint; train with train.py --work'):
+      ask()
+
+
 def test_after_damage_the_new_checkpoints_are_the_ones_that_are_kept(copy, mesh):
   """The damaged one has a later step; it must neither count as one of the last nor as the best, nor
   stay, nor what a kill left.

@@ -299,11 +299,11 @@ MODEL = st.builds(
   layers=st.integers(1, 99),
   kv_heads=st.sampled_from([0, 1, 2, 4]),
   gated=st.booleans(),
-  rope=st.builds(
-    RopeConfig,
-    base=st.floats(1, 1e9),
-    factor=st.floats(1, 99),
-    scaling=st.sampled_from(['none', 'linear']),
+  rope=st.one_of(
+    st.builds(RopeConfig, base=st.floats(1, 1e9)),
+    st.builds(
+      RopeConfig, base=st.floats(1, 1e9), factor=st.floats(1, 99), scaling=st.just('linear')
+    ),
   ),
   execution=st.builds(ExecutionConfig, **any_of(execution.CHOICES)),
   **any_of(CHOICES),
@@ -464,7 +464,7 @@ def test_overrides_are_of_the_model_that_a_run_begins_with(parse, tmp_path):
     model={
       'execution': ExecutionConfig(dtype='bfloat16', remat='full'),
       'qk_norm': True,
-      'rope': RopeConfig(base=5.0, factor=2.0),
+      'rope': RopeConfig(base=5.0, scaling='linear', factor=2.0),
     }
   )
   configs.save(run, tmp_path / 'run')
@@ -494,7 +494,8 @@ def test_overrides_are_of_the_model_that_a_run_begins_with(parse, tmp_path):
     returns=returns,
   )
   assert found.model == dataclasses.replace(
-    run.model.with_execution(remat='dots', dtype='float32'), rope=RopeConfig(base=5.0)
+    run.model.with_execution(remat='dots', dtype='float32'),
+    rope=RopeConfig(base=5.0, scaling='linear'),
   )
   assert found.init == f'{tmp_path}/run'
   for argument, said in (

@@ -334,6 +334,8 @@ def test_schedule_that_does_not_fit():
     opt.make_schedule(OptimizerConfig(schedule='wsd', warmup_steps=50, decay_fraction=0.6), 100)
   with pytest.raises(ValueError, match='fewer warm-up steps'):
     opt.make_schedule(OptimizerConfig(warmup_steps=100), 100)
+  with pytest.raises(ValueError, match='decay_fraction=0.01 of 20 steps is no step.* least 0.05'):
+    opt.make_schedule(OptimizerConfig(schedule='wsd', decay_fraction=0.01), 20)
 
 
 # Clipping.

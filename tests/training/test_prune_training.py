@@ -128,6 +128,10 @@ def test_what_means_nothing_is_said():
   ):
     with pytest.raises(ValueError, match=words):
       tiny(optimizer={'prune': text}, train={'steps': 8})
+  table = {'table': ParamSpec((4, 4), ('vocab', 'embed'), 'embedding', 1)}
+  with pytest.raises(ValueError, match="prune='0.5': no matrix of a block is trained"):
+    make_optimizer(OptimizerConfig(prune='0.5'), 8, table)
+  make_optimizer(OptimizerConfig(prune='0.5'), 8, table, whole=False)
   with pytest.raises(ValueError, match='an adapter has none to keep'):
     dataclasses.replace(
       tiny(optimizer={'prune': 'kept'}), adapter=AdapterConfig(kind='lora'), init='somewhere'

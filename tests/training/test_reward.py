@@ -228,6 +228,13 @@ def test_what_gives_no_rewards_is_refused(source, tmp_path):
     open_reward(tmp_path)
 
 
+@pytest.mark.parametrize('normalised', [True, False])
+def test_a_run_that_has_only_begun_gives_no_rewards_yet(tmp_path, normalised):
+  configs.save(dataclasses.replace(tiny(), objective=Reward()), tmp_path)
+  with pytest.raises(FileNotFoundError, match='holds no checkpoint; train with train.py'):
+    open_reward(tmp_path, normalised=normalised)
+
+
 @pytest.mark.slow
 def test_a_run_learns_and_is_judged_and_normalised(source, tmp_path):
   """Rewards of held-out answers are of mean 0 and deviation 1 then, and what training says."""

@@ -15,6 +15,7 @@ from data.config import DataConfig, SourceConfig
 from training import config as configs
 from training.config import Config, TrainConfig
 from workdir import curves, report, samples
+from workdir.checkpoint import Checkpoints
 from workdir.metrics import FILE
 from workdir.report import ReportConfig, write_report
 from workdir.seals import FACTS
@@ -159,6 +160,26 @@ def test_losses_that_are_not_finite_are_not_the_best(tmp_path):
       )
       file.write(json.dumps(line) + '\n')
   assert write(tmp_path)[0]['Validation loss, last (best)'] == '-inf (none is finite) nats/token'
+
+
+def test_the_best_is_the_checkpoint_that_is_kept_as_best(tmp_path):
+  """Not what it began with, nor a last evaluation of all batches, nor what train.best does not ask
+  for.
+  """
+  losses = {0: 1.0, 10: 2.0, 20: 3.0, 30: 1.5}
+  lines = [{'step': step, 'validation_loss': loss, 'loss': 3.0} for step, loss in losses.items()]
+  for line in lines:
+    line |= {'tokens': 1, 'train_seconds': 1.0, 'wall_seconds': 1.0}
+  (tmp_path / FILE).write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  row = 'Validation loss, last (best)'
+  assert write(tmp_path)[0][row] == '1.5000 (1.5000 at step 30) nats/token'
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.directory.mkdir()
+  for step, cost in ((10, 2.0), (20, 1.75), (30, None)):
+    checkpoints._write_record(step, {'step': step, 'cost': cost, 'progress': {}})
+  assert write(tmp_path)[0][row] == '1.5000 (3.0000 at step 20) nats/token'
+  checkpoints._write_record(25, {'step': 25, 'cost': 0.5, 'progress': {}})
+  assert write(tmp_path)[0][row] == '1.5000 (step 25) nats/token'
 
 
 def test_an_empty_run_is_refused_and_nothing_is_written(tmp_path):
