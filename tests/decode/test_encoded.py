@@ -69,7 +69,7 @@ def check_greedy(engine, model):
     np.testing.assert_allclose(raw, law.max(1), atol=1e-4)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_requests_bytes_do_not_depend_on_company(dtype):
   engine, model = of_encoder(dtype)

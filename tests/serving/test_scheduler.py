@@ -401,6 +401,7 @@ Anything.TestCase.settings = hypothesis.settings(
 TestAnything = Anything.TestCase
 
 
+@pytest.mark.slow
 def test_a_refused_constraint_is_kept_without_its_tables(monkeypatch):
   tables = []
 

@@ -70,6 +70,7 @@ def two_adapters(tmp_path_factory):
   return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, step', [('0', 0), ('5', 5), ('last', 5)])
 def test_the_checkpoint_that_is_named_is_taken(two_adapters, tmp_path, monkeypatch, name, step):
   """Also 0, which an import writes."""

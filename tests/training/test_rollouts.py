@@ -92,6 +92,7 @@ class Started:
     self.mesh.__exit__(*error)
 
 
+@pytest.mark.slow
 def test_rows_are_what_was_written(place, tmp_path):
   """Prompt and answer, the end of it too, at their places; log-probabilities are of the policy."""
   with Started(config(place, FAMILY), tmp_path) as run:
