@@ -69,7 +69,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl_s_collator(tmp_path):
   model, objective = checkpoint.load(tmp_path / 'model', mesh=ours.MESH)[1], SFT()
 
   def mean(model, batch):
-    ((total, weight),) = objective.loss({'policy': model}, batch).values()
+    total, weight = objective.loss({'policy': model}, batch)[objective.term]
     return total / weight
 
   with jax.set_mesh(ours.MESH):

@@ -122,7 +122,7 @@ def new_models(made):
 
 
 def mean(made, models, batch):
-  ((total, weight),) = made.objective.loss(models, batch).values()
+  total, weight = made.objective.loss(models, batch)[made.objective.term]
   return total / weight
 
 

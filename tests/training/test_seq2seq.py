@@ -125,7 +125,7 @@ def both(source):
   @jax.jit
   def run(model, batch):
     def mean(model):
-      ((total, weight),) = made.objective.loss({'policy': model}, batch).values()
+      total, weight = made.objective.loss({'policy': model}, batch)[made.objective.term]
       return total / weight
 
     hand = functools.partial(by_hand, weighting='token')
@@ -208,7 +208,7 @@ def test_faults_that_are_planted_change_the_loss(source, one_device):
 
   @jax.jit
   def mean(model, batch):
-    ((total, weight),) = objective.loss({'policy': model}, batch).values()
+    total, weight = objective.loss({'policy': model}, batch)[objective.term]
     return total / weight
 
   mean = quickly(mean, before, jax.tree.map(jnp.asarray, batch))
@@ -259,7 +259,7 @@ def test_the_gradient_is_the_slope_in_a_direction(source, one_device):
 
   @jax.jit
   def loss(models):
-    ((total, weight),) = made.objective.loss(models, batch).values()
+    total, weight = made.objective.loss(models, batch)[made.objective.term]
     return total / weight
 
   gradient = jax.jit(jax.grad(loss))(models)
@@ -330,7 +330,7 @@ def mean_of(config, leaves, batch):
   """The loss, of a network of this config whose parameters are these."""
   shape = jax.eval_shape(functools.partial(transformer.init, config.model, 0))
   model = jax.tree.unflatten(jax.tree.structure(shape), leaves)
-  ((total, weight),) = config.objective.loss({'policy': model}, batch).values()
+  total, weight = config.objective.loss({'policy': model}, batch)[config.objective.term]
   return total / weight
 
 
