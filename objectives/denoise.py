@@ -15,6 +15,7 @@ from data.masking import Masking
 from data.prepare import prepare
 from data.spans import Lengths, Spans
 from model import flops
+from objectives.experts import check_apart
 from objectives.next_token import NextToken
 from objectives.objective import MAIN, Objective
 from objectives.targets import Targets
@@ -158,6 +159,7 @@ class MaskedLM(_Chunked, NextToken):
         f'objective.kind={self.kind!r} guesses a token by both sides of it, and model.causal=True '
         'sees one; set model.causal=False and model.encoder_layers=0'
       )
+    check_apart(config)
 
   def read(self, config, log):
     prepared = prepare(config, log=log)

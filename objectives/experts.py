@@ -6,6 +6,7 @@ them are learned from (Fedus et al., arXiv:2101.03961, equation 4).
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from model.config import ModelConfig
 from objectives.objective import Sums, or_one
 
 EXPERTS = 'experts'
@@ -17,6 +18,20 @@ def balance(router: dict | None) -> Array:
   any.
   """
   return jnp.float32(0) if router is None else sum(router[name] for name in LOSSES)
+
+
+def check_apart(config: ModelConfig) -> None:
+  """Raises NotImplementedError where a few tokens are learned from, and the schedule adds what
+  balances experts to their loss.
+  """
+  moe = config.moe
+  weighed = moe.experts and (moe.balance_loss or moe.z_loss)
+  if weighed and config.execution.pipeline.schedule == '1f1b':
+    raise NotImplementedError(
+      "model.execution.pipeline.schedule='1f1b' knows one loss, and what balances experts "
+      f'(model.moe.balance_loss={moe.balance_loss}, z_loss={moe.z_loss}) is of all tokens, not of '
+      "the learned ones alone; use 'gpipe' or 'circular'"
+    )
 
 
 def routed(tokens: Array) -> Array:

@@ -16,7 +16,7 @@ from kernels import context
 from model import loss
 from model.transformer import Decoder
 from objectives import pipelined
-from objectives.experts import EXPERTS, balance, routed, router_metrics
+from objectives.experts import EXPERTS, balance, check_apart, routed, router_metrics
 from objectives.objective import MAIN, Objective, or_one
 
 
@@ -49,14 +49,8 @@ class NextToken(Objective):
         f'model.encoder_layers={config.encoder_layers} is {kind}; use a decoder, or '
         f'objective.kind={other!r}'
       )
-    moe = config.moe
-    weighed = moe.experts and (moe.balance_loss or moe.z_loss)
-    if weighed and self.of_records and config.execution.pipeline.schedule == '1f1b':
-      raise NotImplementedError(
-        "model.execution.pipeline.schedule='1f1b' knows one loss, and what balances experts "
-        f'(model.moe.balance_loss={moe.balance_loss}, z_loss={moe.z_loss}) is of all tokens, not '
-        "of the learned ones alone; use 'gpipe' or 'circular'"
-      )
+    if self.of_records:
+      check_apart(config)
 
   def read(self, config, log):
     return prepare(config, log=log)
@@ -116,8 +110,9 @@ def losses(
   model: Decoder, batch: Batch, z_loss: float
 ) -> tuple[Float[Array, ''], Float[Array, ''], loss.Sums]:
   """Sum of the loss over the batch's targets; that of what balances experts, over its tokens (0
-  without any, and by the 1F1B schedule, which knows one loss: there it is part of the first); and
-  the sums of loss.cross_entropy, with what experts report (see model.moe).
+  without any, and by the 1F1B schedule, which knows one loss: there it is part of the first, and
+  divided by what is predicted, all tokens but the last of each document); and the sums of
+  loss.cross_entropy, with what experts report (see model.moe).
   """
   config = model.config
   # What causal attention takes is then the same for all devices of a row.

@@ -88,6 +88,7 @@ class Objective:
     neftune_alpha: of noise on embeddings (model/drawn.py), where a kind has it as a setting.
     prompted: whether `read` takes prompt=(virtual ids), soft tokens that stand before every text
       that a model reads: counted in lengths, and weighing nothing.
+    target_field: name of the setting that says how long targets are, where rows have such.
   """
 
   kind: str = ''
@@ -102,6 +103,7 @@ class Objective:
   loss_unit = 'nats/token'
   neftune_alpha = 0.0
   prompted = False
+  target_field = 'target_length'
 
   def __post_init__(self):
     tag = type(self).__dataclass_fields__['kind'].default

@@ -27,6 +27,7 @@ class OfOwnTargets(OfOwnText):
 
   prefix: str = ''
   of_sources = True
+  target_field = 'max_new_tokens'
 
   def __post_init__(self):
     super().__post_init__()

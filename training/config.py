@@ -172,8 +172,8 @@ class Config:
     T, B = self.data.sequence_length, self.data.batch_size
     longest = self.objective.longest_row(self.data)
     if 0 < self.model.max_length < longest:
-      target = 'max_new_tokens' if hasattr(self.objective, 'max_new_tokens') else 'target_length'
-      field = 'data.sequence_length' if longest == T else f'objective.{target}'
+      of_targets = f'objective.{self.objective.target_field}'
+      field = 'data.sequence_length' if longest == T else of_targets
       raise ValueError(
         f'{field}={longest} passes model.max_length={self.model.max_length}; raise it, or set it '
         'to 0'

@@ -12,11 +12,14 @@ from data.preferences import ChoiceBatch
 from model import heads, router, transformer
 from model.config import MoEConfig
 from objectives.classify_head import ClassifyHead
+from objectives.denoise import MaskedLM
 from objectives.distil import Distil
 from objectives.experts import EXPERTS
 from objectives.next_token import NextToken
 from objectives.preference import Preference
 from objectives.reward import Reward
+from objectives.sft import SFT
+from parallel.pipeline import PipelineConfig
 from tests.training.conftest import B, T, V, quickly, tiny
 from training import state as states
 
@@ -72,3 +75,14 @@ def test_its_part_of_the_loss_is_a_mean_over_all_tokens(kind, one_device):
   for learned in (1, T // 2):
     total, weight = loss(batch_of(learned))
     np.testing.assert_allclose(total / weight, by_hand, rtol=1e-5)
+
+
+def test_a_schedule_of_one_loss_learns_from_all_tokens():
+  """Elsewhere the loss that it adds experts' to would be of a few."""
+  pipeline = PipelineConfig(schedule='1f1b')
+  decoder = tiny(model={'moe': MOE}).model.with_execution(pipeline=pipeline)
+  encoder = dataclasses.replace(decoder, causal=False)
+  for objective, model in ((SFT(), decoder), (MaskedLM(), encoder)):
+    with pytest.raises(NotImplementedError, match="'1f1b' knows one loss.*balance_loss=0.3"):
+      objective.accepts({'policy': model})
+  NextToken().accepts({'policy': decoder})

@@ -136,14 +136,19 @@ def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path, objective):
   record = Checkpoints(tmp_path / 'stopped').record(3)
   assert record['data']['left'] and record['data']['rollouts'] == 1
   run_here(made, tmp_path / 'stopped')
-  assert_same(*(policy_of(made, tmp_path / name, 7) for name in ('whole', 'stopped')))
-  lines = [(tmp_path / name / FILE).read_text().split('\n') for name in ('whole', 'stopped')]
-  for a, b in zip(*lines, strict=True):
-    a, b = (json.loads(line or '{}') | {'seconds': 0} for line in (a, b))
-    assert a == b
+  assert_same_runs(made, 7, tmp_path / 'whole', tmp_path / 'stopped')
   metrics = metrics_of(tmp_path / 'whole')
   assert {'reward', 'ended', 'entropy', 'kl', 'clip_fraction'} <= metrics[0].keys()
   assert any('validation_reward' in line for line in metrics)
+
+
+def assert_same_runs(made, step, *directories):
+  """The same policy, bit for bit, from the same rollouts."""
+  assert_same(*(policy_of(made, directory, step) for directory in directories))
+  lines = [(directory / FILE).read_text().split('\n') for directory in directories]
+  for a, b in zip(*lines, strict=True):
+    a, b = (json.loads(line or '{}') | {'seconds': 0} for line in (a, b))
+    assert a == b
 
 
 def policy_of(made, directory, step, name='policy'):
@@ -183,6 +188,10 @@ def test_the_rest_of_a_rollout_is_of_its_config(place, tmp_path):
       again = Rollouts(run.stage, ppo, run.config.data, range(8))
       again.restore(position | {'coefficient': 0.7})
       assert again.state()['coefficient'] == coefficient
+    older = {name: value for name, value in position.items() if name not in rollout.LATER}
+    other.restore(older)
+    with pytest.raises(ValueError, match='seed: None then'):
+      other.restore({name: value for name, value in position.items() if name != 'seed'})
     with pytest.raises(ValueError, match='key: .* then'):
       other.restore(position | {'key': 'another'})
 
