@@ -65,7 +65,9 @@ class NextToken(Objective):
     return Batch.abstract(config.batch_size, config.sequence_length)
 
   def tokens(self, batch):
-    return jnp.count_nonzero(batch.segments)
+    # Rows that say no segments hold a document each (kernels/mask.py): no padding.
+    whole = batch.segments is None
+    return jnp.asarray(batch.tokens.size) if whole else jnp.count_nonzero(batch.segments)
 
   def weights(self, batch):
     return {self.term: jnp.sum(batch.weights), EXPERTS: routed(self.tokens(batch))}
