@@ -34,7 +34,10 @@ def attention(
   q = jax.lax.reshape(
     q, (B, T, K, G, H), out_sharding=ax.out('batch', 'length', kv_heads, group, 'head_width')
   )
-  scores = _scores(_product('BTKGH,BSKH->BKGTS', q, k) * scoring.scale, scoring.relative, scoring)
+  # Queries and results are moved where products take and leave them, and not scores, which are S/H
+  # times as many: on a CPU these would be copied.
+  q = jnp.moveaxis(q, 1, 3)
+  scores = _scores(_product('BKGTH,BSKH->BKGTS', q, k) * scoring.scale, scoring.relative, scoring)
 
   # Weights are relative to the greatest score, which cancels: no gradient goes through it. Where
   # nothing is seen it is -inf, and differences with it would be NaN.
@@ -56,9 +59,11 @@ def attention(
   weights = weights / jnp.where(total > 0, total, 1.0)
   if scoring.dropout is not None:
     weights = scoring.dropout.of_weights(weights)
-  out = jnp.einsum('BKGTS,BSKH->BTKGH', weights.astype(v.dtype), v)
+  out = jnp.einsum('BKGTS,BSKH->BKGTH', weights.astype(v.dtype), v)
   out = jax.lax.reshape(
-    out, (B, T, N, v.shape[-1]), out_sharding=ax.out('batch', 'length', 'heads', 'head_width')
+    jnp.moveaxis(out, 3, 1),
+    (B, T, N, v.shape[-1]),
+    out_sharding=ax.out('batch', 'length', 'heads', 'head_width'),
   )
   lse = jax.lax.reshape(
     jnp.moveaxis(lse, 3, 1), (B, T, N), out_sharding=ax.out('batch', 'length', 'heads')

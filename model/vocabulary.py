@@ -262,9 +262,9 @@ def _pulled_chunk(place):
     x, shards = part.x, part.shards
     d_logits = uncapped(part, logits, d_logits).astype(x.dtype)
     d_x += jnp.einsum('BTC,CD->BTD', d_logits, chunk['head'], preferred_element_type=jnp.float32)
-    # As [D, C], so that what a CPU has to transpose for the product is x, not the logits (7% of a
-    # step).
-    d_head = jnp.einsum('BTD,BTC->DC', x, d_logits, preferred_element_type=jnp.float32)
+    # Of matrices, all tokens in one dimension: over two, XLA on a CPU transposes a copy first.
+    rows, slopes = (tokens.reshape(-1, tokens.shape[-1]) for tokens in (x, d_logits))
+    d_head = jnp.einsum('ND,NC->DC', rows, slopes, preferred_element_type=jnp.float32)
     if x.dtype == jnp.bfloat16:  # as every other gradient crosses devices
       d_head = d_head.astype(x.dtype)
     d_head = zero.reduce_scatter(d_head, shards, 0) if shards else d_head

@@ -98,9 +98,7 @@ class Weight(abc.ABC):
 
     axes: of the result, where its sharding is a choice (parallel.axes.einsum).
     """
-    if axes is None:
-      return jnp.einsum(formula, x, self.whole(dtype))
-    return ax.einsum(formula, x, self.whole(dtype), axes)
+    return ax.product(formula, x, self.whole(dtype), axes)
 
   # Tables [V, D].
 

@@ -2,6 +2,8 @@
 and what would split one mesh axis twice?
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,3 +112,48 @@ def test_local_runs_on_shards():
       lambda x: ax.local(rows, (('batch', 'width'),), outputs)(ax.place(x, 'batch', 'width'))
     )(x)
   assert counts['rows'] == 2 and np.asarray(parts)[:, 0].tolist() == [0, 4] * 4
+
+
+@pytest.mark.parametrize(
+  'formula, x, y',
+  [
+    ('BTD,DF->BTF', (2, 3, 4), (4, 5)),
+    ('BTD,DNH->BTNH', (2, 3, 4), (4, 3, 2)),
+    ('BTNH,NHD->BTD', (2, 3, 4, 2), (4, 2, 5)),
+    ('...D,VD->...V', (2, 1, 4), (5, 4)),
+    ('...D,DF->...F', (4,), (4, 5)),
+    ('BTD,DF->BTF', (0, 3, 4), (4, 5)),
+    ('BTNR,RNH->BTNH', (2, 3, 4, 5), (5, 4, 2)),
+    ('BTNH,RNH->BTNR', (2, 3, 4, 5), (6, 4, 5)),
+  ],
+)
+def test_a_product_is_what_its_formula_says(formula, x, y):
+  draw = np.random.default_rng(0)
+  x, y = draw.normal(size=x), draw.normal(size=y)
+  expected = np.einsum(formula, x, y)
+  run = jax.jit(functools.partial(ax.product, formula))
+  result = run(jnp.float32(x), jnp.float32(y))
+  assert result.shape == expected.shape
+  np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+  # Linear in both: along a step, the slope of a weighted sum is the sum at the step.
+  weights = draw.normal(size=expected.shape)
+  slopes = jax.grad(lambda *given: (run(*given) * weights).sum(), (0, 1))(
+    jnp.float32(x), jnp.float32(y)
+  )
+  steps = [draw.normal(size=given.shape) for given in (x, y)]
+  sums = np.einsum(formula, steps[0], y), np.einsum(formula, x, steps[1])
+  for slope, step, at_step in zip(slopes, steps, sums, strict=True):
+    along = (np.float64(slope) * step).sum()
+    assert along == pytest.approx((at_step * weights).sum(), rel=1e-4, abs=1e-4)
+
+
+def test_a_gradient_sums_over_tokens_without_a_transposed_copy():
+  """On a CPU, where XLA would write one of what is as large as the result."""
+
+  def total(w, x):
+    return jnp.square(ax.product('BTD,DF->BTF', x, w)).sum()
+
+  w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 48), (4, 8, 16)))
+  text = jax.jit(jax.grad(total)).lower(w, x).compile().as_text()
+  assert 'f32[16,48]' in text and 'f32[48,32]' not in text and 'f32[48,4,8]' not in text

@@ -260,9 +260,9 @@ def test_trains_like_adam(monkeypatch):
   print(f'loss of f32 Adam {adam[-1]:.6f}, 8-bit {ours[-1]:.6f}')
   assert adam[-1] < 0.05 and ours[-1] < 1.05 * adam[-1] and mean(ours) < 1.05 * mean(adam)
 
-  # Planted fault: a linear scale that flushes small second moments, and updates explode. Whether the
-  # last steps, which are short, recover from it is rounding's choice: all steps are compared. (One
-  # that does not flush, as quantize takes care of, only makes short steps.)
+  # Planted fault: a linear scale that flushes small second moments, and updates explode. Whether
+  # the last steps, which are short, recover from it is rounding's choice: all steps are compared.
+  # (One that does not flush, as quantize takes care of, only makes short steps.)
   def quantize_linear(x, signed):
     largest = adam8bit._largest_per_block(x)
     fraction = x / jnp.maximum(adam8bit._per_element(largest, x), 1e-30)
