@@ -446,7 +446,7 @@ def draw(log_law, sampling: Sampling, positions, stream=laws.Stream.TOKEN):
 
   def greedy():
     # Most callers need no noise, which is what sampling costs.
-    return log_law.argmax(-1).astype(jnp.int32)
+    return laws.greatest(log_law)
 
   return jax.lax.cond(
     (sampling.temperature > 0).any(),

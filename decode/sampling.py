@@ -296,9 +296,8 @@ def _law(logits, sampling, history, allowed):
     # No mask hides that the model is broken.
     logits = jnp.where(allowed | jnp.isnan(logits), logits, -jnp.inf)
   greedy = sampling.temperature[:, None] == 0
-  best = jnp.where(
-    jnp.arange(logits.shape[1])[None] == logits.argmax(-1, keepdims=True), 0.0, -jnp.inf
-  )
+  ids = jnp.arange(logits.shape[1])[None]
+  best = jnp.where(ids == greatest(logits)[:, None], 0.0, -jnp.inf)
   # From the best downwards, so that no temperature is too small to divide by; but for those that
   # hardware takes for 0.
   below = logits.max(-1, keepdims=True) - logits
@@ -373,15 +372,32 @@ def sample(
   Gumbel-max way); any token of `bad` rows.
   """
 
-  def draw(log_law, seed, position):
+  def gumbel(seed, position):
     # 'high', because noise of 23 bits ends at 16: large vocabularies would tie there,
     # and rare tokens be drawn too rarely.
-    gumbel = jax.random.gumbel(
-      _key(seed, position, stream), log_law.shape, jnp.float32, mode='high'
-    )
-    return jnp.argmax(log_law + gumbel).astype(jnp.int32)
+    V = log_law.shape[1]
+    return jax.random.gumbel(_key(seed, position, stream), (V,), jnp.float32, mode='high')
 
-  return _by_rows(jax.vmap(draw), log_law, seed, positions)
+  def draw(log_law, seed, positions):
+    return greatest(log_law + jax.vmap(gumbel)(seed, positions))
+
+  return _by_rows(draw, log_law, seed, positions)
+
+
+def greatest(x: Float[Array, 'B V']) -> Int[Array, 'B']:
+  """jnp.argmax of each row, where it can be without pairs of numbers and ids: XLA on a CPU reduces
+  these, and computes what they are made of, one by one.
+  """
+
+  def of(x):
+    V = x.shape[1]
+    first = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V).min(-1)
+    # NaN is equal to nothing; nor need be what a compiler computes twice.
+    return jax.lax.cond(
+      (first == V).any(), lambda: jnp.argmax(x, -1).astype(jnp.int32), lambda: first
+    )
+
+  return _by_rows(of, x)
 
 
 def _key(seed, position, stream):

@@ -15,6 +15,7 @@ from decode.sampling import (
   Sampling,
   Stream,
   bad,
+  greatest,
   law,
   logprobs,
   make_sampling,
@@ -49,6 +50,7 @@ NEUTRAL = {
   'masked': False,
 }
 jitted_law, jitted_sample = jax.jit(law), jax.jit(sample, static_argnames='stream')
+jitted_greatest = jax.jit(greatest)
 
 
 def law64(
@@ -346,6 +348,22 @@ def test_greedy_takes_the_first_best():
     assert jitted_sample(
       jitted_law(logits, sampling), sampling.seed, jnp.asarray([seed, 7], jnp.int32)
     ).tolist() == [1, 0]
+
+
+@given(
+  rows=st.lists(
+    st.lists(
+      st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 2.0, 2.0, np.inf, np.nan]), min_size=5, max_size=5
+    ),
+    min_size=3,
+    max_size=3,
+  )
+)
+@settings(max_examples=100, deadline=None)
+def test_the_greatest_is_argmax(rows):
+  """Ties, infinities and NaN included, and whatever is in other rows."""
+  x = np.array(rows, np.float32)
+  assert jitted_greatest(x).tolist() == np.argmax(x, 1).tolist()
 
 
 def places(over, n):
