@@ -1,15 +1,12 @@
-"""Is the arithmetic holding? Dynamic loss scaling, skipped steps, norms that name the culprit."""
+"""Is the arithmetic holding? Dynamic loss scaling, and steps that are skipped."""
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-
-from model.params import named_leaves
 
 
 @functools.partial(
@@ -97,31 +94,3 @@ def select(finite: Bool[Array, ''], new, old):
   parameters or optimizer.
   """
   return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-
-def norms_by_module(tree) -> dict[str, float]:
-  """L2 norms, in f32, of each top-level module ('stack') and of each parameter in it
-  ('stack.blocks.0.attention.q').
-
-  A stacked parameter is one entry for all layers. Waits for the arrays; on several hosts every
-  process must call it. A norm of finite elements is finite unless it exceeds f32 itself.
-  """
-
-  def norm(x):
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x))
-    unit = jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(jnp.sum(jnp.square(x / unit)))
-
-  leaves = named_leaves(tree)
-  norms = jax.device_get(jax.jit(lambda xs: [norm(x) for x in xs])([*leaves.values()]))
-  parameters = dict(zip(leaves, map(float, norms), strict=True))
-  modules = {}
-  for name, n in parameters.items():
-    modules.setdefault(name.split('.')[0], []).append(n)
-  return {**{module: math.hypot(*ns) for module, ns in modules.items()}, **parameters}
-
-
-def non_finite(norms: dict[str, float]) -> list[str]:
-  """Names whose norm is not finite, in order."""
-  return [name for name, n in norms.items() if not math.isfinite(n)]
