@@ -471,7 +471,7 @@ def costs(config: configs.Config, make_state, prepared) -> RunCost:
   cores = getattr(device, 'num_cores', None) if device.platform == 'tpu' else None
   return RunCost(
     params.count(jax.eval_shape(make_state).models[config.objective.main]),
-    program.flops_per_token(config, prepared.document_length),
+    names.imported('training.spent.flops_per_token')(config, prepared.document_length),
     hardware.lookup(device.device_kind, cores),
   )
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 
-from analysis import aot, served
+from analysis import aot, generation_flops as counts, served
 from decode.generating import generating
 from decode.options import CHUNK
-from model import flops as counts
 from objectives.rollout import WHOLE
 from parallel import axes
-from training import program, state as states
+from training import program, spent, state as states
 from training.config import Config
 
 TRAIN, PREFILL, DECODE, ROLLOUT = 'train', 'prefill', 'decode', 'rollout'
@@ -72,7 +71,7 @@ def lower(
 def _step(config, mesh):
   lowered, state = program.lower_step(config, mesh)
   tokens = config.data.batch_size * config.objective.row_tokens(config.data)
-  model_flops = tokens * program.flops_per_token(config)
+  model_flops = tokens * spent.flops_per_token(config)
   return Lowered(lowered, _training(config, state), tokens, model_flops)
 
 
@@ -120,7 +119,7 @@ def _serve(model, mesh, mode, rows, context, weights):
   if mode == SERVE:
     return Lowered(lowered, arrays, rows * CHUNK, CHUNK * counts.decode_flops(model, rows, context))
   prompts = sizes.read_rows or served.parts_of(mesh)
-  model_flops = sizes.read_tokens * counts.decode_flops(model, prompts, context)
+  model_flops = counts.read_flops(model, prompts, sizes.read_tokens, context)
   return Lowered(lowered, arrays, prompts * sizes.read_tokens, model_flops)
 
 

@@ -32,6 +32,7 @@ class KTO(OfAnswers, JudgedSettings):
   """
 
   kind: str = 'kto'
+  main_passes = 1.0  # in `prepare`
   wanted_weight: float = 1.0
   unwanted_weight: float = 1.0
 

@@ -83,7 +83,8 @@ class Objective:
     of_records: whether it tunes on records, whose ids are to be those that the model knows.
     completed_by: name of the function (config, prepared, directory of the run, log) -> prepared
       data that adds what batches need of the run's models, on its mesh; '': none does.
-    frozen_passes: forward passes of a frozen model for each step.
+    frozen_passes: forward passes of a frozen model for each step. main_passes: of the main one,
+      besides those that it learns by.
     loss_unit: of `loss` and `validation_loss`, as reports have it; '' where there is none.
     neftune_alpha: of noise on embeddings (model/drawn.py), where a kind has it as a setting.
     prompted: whether `read` takes prompt=(virtual ids), soft tokens that stand before every text
@@ -100,6 +101,7 @@ class Objective:
   of_records = False
   completed_by = ''
   frozen_passes = 1.0
+  main_passes = 0.0
   loss_unit = 'nats/token'
   neftune_alpha = 0.0
   prompted = False

@@ -173,6 +173,11 @@ class OfRollouts(OfOwnText):
       check_same_ids('reference', self.reference, read.tokenizer)
     return read
 
+  def forward_flops(self, network, config, document_length):
+    # The head meets the answers only (objectives/laws.py).
+    unscored = (1 - self.max_new_tokens / config.sequence_length) * 2 * network.D * network.V
+    return super().forward_flops(network, config, document_length) - unscored
+
   def asked_of(self, first):
     return (*super().asked_of(first), *([REFERENCE] if self.beta else []))
 

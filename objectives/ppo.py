@@ -66,6 +66,11 @@ class PPO(OfRollouts):
   reward_scale: str = ''
   aside = (CRITIC, HEAD)
 
+  @property
+  def main_passes(self) -> float:
+    """Where it is the critic, too: what it says of a rollout."""
+    return self.frozen_passes if self.critic == SHARED else 0.0
+
   def __post_init__(self):
     super().__post_init__()
     names.check('objective.kl', self.kl, advantage.KL_ESTIMATES)

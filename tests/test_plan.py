@@ -19,7 +19,17 @@ from jax.sharding import AxisType
 
 import plan
 import train
-from analysis import aot, candidates, enough, hardware, memory, modes, roofline, tables
+from analysis import (
+  aot,
+  candidates,
+  enough,
+  generation_flops,
+  hardware,
+  memory,
+  modes,
+  roofline,
+  tables,
+)
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from decode.options import CHUNK
 from kernels.attention import choose
@@ -425,7 +435,9 @@ def test_decoding_shows_its_cache(capsys):
   model = SMALL.model
   # [L, B, S, K, H] keys and values in the compute dtype, rows over fsdp, heads over tensor.
   assert got.held['cache'] == 2 * model.L * 4 // 2 * 64 * model.K // 2 * model.H * 4 + 4 * 4 // 2
-  assert got.tokens == 4 * CHUNK and got.model_flops == CHUNK * flops.decode_flops(model, 4, 64)
+  assert got.tokens == 4 * CHUNK and got.model_flops == CHUNK * generation_flops.decode_flops(
+    model, 4, 64
+  )
   assert got.fits and got.seconds > max(got.prediction.roofline.values())
   tables.show(got, tables.cost(got, 1.0, None))
   text = capsys.readouterr().out
@@ -683,6 +695,7 @@ def test_the_command_plans_says_what_would_fit_and_writes_it(tmp_path):
     ((), 'give --config=configs/NAME.py and --topology=KIND:SHAPE'),
     (('--topology=v5e:2x2', 'config.model.width=64'), "['config.model.width=64'] are no flags"),
     (('--topology=v5e:2x2', '--workdir=x'), '--workdir is of train.py'),
+    (('--topology=v5e:2x2', '--show=1'), '--show is of train.py'),
     (
       ('--topology=v5e:2x2', '--batch=8'),
       '--batch, --context and --weights are of what generates; train takes',

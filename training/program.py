@@ -127,28 +127,6 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowe
     return make_program(config)[1].lower(state, batch), state
 
 
-def flops_per_token(config: Config, document_length: float | None = None) -> float:
-  """FLOPs of training for a token of a batch: of every model that is trained a forward pass and
-  twice that backward, and a forward pass of every other; of one with an adapter, its forward pass
-  and that of the gradient through it.
-
-  document_length: mean tokens of a document, where that is known (model/flops.py).
-  """
-  objective, total = config.objective, 0.0
-  for name, role in states.roles(config).items():
-    if role.adapter or role.made:
-      if role.adapter and config.adapter.soft:
-        continue  # looked up, and multiplied with nothing
-      total += 6 * params.count(jax.eval_shape(lambda: states.new_model(config, name)))
-      continue
-    # Of three: forward, the gradient by what goes in, the gradient by the weights.
-    frozen, main = objective.frozen_passes, name == objective.main
-    passes = 3 if role.trained else 2 if main and config.adapter.kind else frozen
-    passes += frozen * len(states.references(config)) if main else 0
-    total += passes * objective.forward_flops(role.config, config.data, document_length)
-  return total
-
-
 def _placed(x: jax.ShapeDtypeStruct, config: Config) -> jax.ShapeDtypeStruct:
   """An array of a batch as hosts.RowShards lays it out on the mesh in context."""
   by_length = x.shape == (config.data.batch_size, config.data.sequence_length)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from analysis import generation_flops
 from model import flops, transformer
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.params import ParamSpec, specs
@@ -190,9 +191,14 @@ def test_mfu():
 )
 def test_decoding_token_by_token_is_the_forward_pass(changes):
   m, T = sizes(**changes), 17
-  one_by_one = sum(flops.decode_flops(m, 3, context) for context in range(1, T + 1))
+  one_by_one = sum(generation_flops.decode_flops(m, 3, context) for context in range(1, T + 1))
   assert one_by_one == pytest.approx(3 * T * flops.forward_flops_per_token(m, T))
-  assert flops.prefill_flops(m, 3, T) == pytest.approx(one_by_one - 3 * (T - 1) * 2 * m.D * m.V)
+  whole = generation_flops.prefill_flops(m, 3, T)
+  assert whole == pytest.approx(one_by_one - 3 * (T - 1) * 2 * m.D * m.V)
+  last = generation_flops.decode_flops(m, 3, T)
+  assert generation_flops.read_flops(m, 3, 1, T) == last
+  part = 3 * 2 * m.D * m.V  # the head, of each token but the last
+  assert generation_flops.read_flops(m, 3, 4, T) == pytest.approx(4 * last - 3 * part)
 
 
 @pytest.mark.parametrize('changes', [{}, {'gated': False, 'K': 4}, {'window': 3}], ids=str)

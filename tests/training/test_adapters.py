@@ -16,7 +16,8 @@ from model.config import LatentConfig, MoEConfig
 from model.execution import ExecutionConfig
 from tests.training.conftest import RATE, SGD, assert_close, assert_same, host, make_batches, tiny
 from training import state as states
-from training.program import flops_per_token, make_program
+from training.program import make_program
+from training.spent import flops_per_token
 
 LORA = AdapterConfig(kind='lora', rank=4, alpha=8.0)
 DORA = dataclasses.replace(LORA, kind='dora')

@@ -37,7 +37,7 @@ from tests.training.conftest import (
   run_here,
   tiny,
 )
-from training import program
+from training import program, spent
 from training.config import Config
 from workdir.metrics import read_metrics
 from workdir.open import open_run
@@ -315,14 +315,14 @@ def test_costs_are_of_sources_and_targets():
   lengths = SPANS.lengths(config.data)
   assert SPANS.row_tokens(config.data) == lengths.source + lengths.target == 24
   of_pair = flops.pair_flops(config.model, lengths.source, lengths.target)
-  assert program.flops_per_token(config) == pytest.approx(3 * of_pair / 24)
+  assert spent.flops_per_token(config) == pytest.approx(3 * of_pair / 24)
   like = SPANS.batch_like(config.data)
   assert jax.tree.map(jnp.shape, on_device(batches('spans')[0])) == jax.tree.map(jnp.shape, like)
   assert int(SPANS.tokens(on_device(batches('spans')[0]))) == 24 * B
   masks = config_of('masks')
   whole = flops.forward_flops_per_token(masks.model, T, 5.0)
   head = 2 * masks.model.D * V
-  assert program.flops_per_token(masks, 5.0) == pytest.approx(3 * (whole - 0.6 * head))
+  assert spent.flops_per_token(masks, 5.0) == pytest.approx(3 * (whole - 0.6 * head))
 
 
 @pytest.fixture(scope='module')
@@ -370,7 +370,7 @@ def test_a_run_says_how_good_it_is(name, run, corpus, one_device):
   assert 'bits_per_byte' not in last
   report = json.loads((run(name) / 'run.json').read_text())
   assert report['flops_per_token'] == pytest.approx(
-    program.flops_per_token(config.resolve(V), data.document_length)
+    spent.flops_per_token(config.resolve(V), data.document_length)
   )
 
 

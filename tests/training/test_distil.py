@@ -42,7 +42,8 @@ from tests.training.conftest import (
 )
 from tests.training.test_objective import Run, leaves_of
 from training import config as configs
-from training.program import check_models, flops_per_token, lower_step
+from training.program import check_models, lower_step
+from training.spent import flops_per_token
 from workdir.checkpoint import Checkpoints
 from workdir.metrics import read_metrics
 from workdir.open import open_run

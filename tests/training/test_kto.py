@@ -14,6 +14,7 @@ from data.config import SourceConfig
 from objectives.answers import NONE
 from objectives.kto import KTO
 from tests.training.conftest import RATE, T, assert_close
+from training.spent import flops_per_token
 
 GIVEN = [('a' * (n % 3), 'b' * (n % 4) + 'c' * (n % 2), n % 3 > 0) for n in range(1, 16)]
 MADE = KTO(beta=0.7, wanted_weight=1.5, unwanted_weight=0.8)
@@ -124,3 +125,10 @@ def test_what_needs_a_reference_has_one():
   with pytest.raises(ValueError, match="reference='none' is none; use 'begun'"):
     KTO(reference=NONE)
   assert dataclasses.replace(MADE, beta=0.1).beta == 0.1
+
+
+def test_its_cost_has_the_pass_that_the_divergence_takes(source, one_device):
+  """Forward and twice backward, the reference's pass, and one of the policy before."""
+  made = config(source, KTO(), data={'batch_size': 16})
+  forward = made.objective.forward_flops(made.model, made.data, None)
+  assert flops_per_token(made) == pytest.approx((3 + 1 + 1) * forward)

@@ -43,11 +43,11 @@ from training.optimizer import make_optimizer
 from training.program import (
   begin_state,
   check_models,
-  flops_per_token,
   lower_step,
   make_program,
   make_target,
 )
+from training.spent import flops_per_token
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import begin
 

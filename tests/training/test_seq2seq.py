@@ -36,7 +36,7 @@ from tests.training.conftest import (
   tiny,
 )
 from tests.training.test_denoise import T5
-from training import hints, program
+from training import hints, program, spent
 from workdir import samples
 from workdir.metrics import read_metrics
 from workdir.open import open_run
@@ -285,10 +285,10 @@ def test_costs_are_of_every_pair_apart(source):
   lengths = [(len(source) + 1, len(target) + 1) for source, target in PAIRS]
   spent = sum(flops.pair_flops(made.model, *pair) for pair in lengths)
   tokens = sum(map(sum, lengths))
-  found = program.flops_per_token(made, prepared.document_length)
+  found = spent.flops_per_token(made, prepared.document_length)
   assert found == pytest.approx(3 * spent / tokens)
   # Of a plan that has read nothing, a pair fills its row.
-  assert program.flops_per_token(made) == pytest.approx(
+  assert spent.flops_per_token(made) == pytest.approx(
     3 * flops.pair_flops(made.model, S, T) / (S + T)
   )
   batch = rows_of(made)
@@ -431,7 +431,7 @@ def test_resumed_is_uninterrupted_and_validation_is_by_hand(source, tmp_path, on
   made = trained(source)
   prepared = made.objective.read(made.data, lambda line: None)
   assert facts['flops_per_token'] == pytest.approx(
-    program.flops_per_token(made, prepared.document_length)
+    spent.flops_per_token(made, prepared.document_length)
   )
 
 

@@ -21,7 +21,7 @@ from model.weights import read
 from objectives.sft import SFT
 from tests.training.conftest import RATE, SGD, B, T, assert_close, assert_same, host, tiny
 from training import program, soft as soft_runs, state as states
-from training.program import flops_per_token
+from training.spent import flops_per_token
 
 P = 3
 PROMPT = AdapterConfig(kind='prompt', tokens=P)

@@ -28,7 +28,8 @@ from parallel import hosts
 from tests.training import test_preference, test_preference_seq2seq
 from tests.training.conftest import assert_close, assert_same, initial_model, quickly, run_here
 from training import config as configs
-from training.program import abstract_state, check_models, flops_per_token
+from training.program import abstract_state, check_models
+from training.spent import flops_per_token
 from workdir.checkpoint import Checkpoints
 from workdir.metrics import read_metrics
 from workdir.said import opened
