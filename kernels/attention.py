@@ -8,7 +8,7 @@ recomputed in the backward pass, so that memory and work follow the mask.
 `window` in bfloat16 or float16 (kernels.cudnn has the whole rule), and else dense scores as XLA
 compiles them.
 `pallas_tpu`, `pallas_gpu`: our own flash attention for TPUs (kernels.flash_tpu) and Hopper GPUs
-(kernels.flash_gpu, of 16-bit operands), everything but relative positions.
+(kernels.flash_gpu, of 16-bit operands), everything but relative positions and dropout.
 `auto`: on a TPU `pallas_tpu`, but for rows of few queries, as in decoding, then `xla`; on a GPU
 `xla` where that is cuDNN's kernel, then on a Hopper GPU `pallas_gpu`, as for the segments of packed
 rows, then `xla` (docs/measured.md has the figures); else, and on a CPU, `blocked`, then
@@ -149,7 +149,7 @@ def attention(
 
   asked = _asked(q, v, scoring)
   if backend == 'auto':
-    backend = _said(choose(asked, without=_left_out(q, k, v, scoring.mask)))
+    backend = _said(choose(asked, without=_left_out(q, k, v, scoring.mask, asked)))
   else:
     check(backend, asked)
   if backend in flash.KERNELS:  # what these keep for the backward pass has its name already
@@ -267,13 +267,14 @@ def too_few(queries: int) -> frozenset[str]:
   return frozenset(flash.KERNELS if queries < FEW else ())
 
 
-def _left_out(q, k, v, mask) -> frozenset[str]:
+def _left_out(q, k, v, mask, spec) -> frozenset[str]:
   """Kernels of ours that `auto` passes over: all of them for few queries, Hopper's where cuDNN
   computes the same or on other GPUs.
   """
   if few := too_few(q.shape[1]):
     return few
-  if mesh.platform() == 'gpu' and not _cudnn('refusal')(q, k, v, mask):
+  able = spec <= HONOURS['xla'] and mesh.platform() == 'gpu'
+  if able and not _cudnn('refusal')(q, k, v, mask):
     return frozenset({'pallas_gpu'})
   return _too_new()
 

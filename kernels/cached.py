@@ -123,13 +123,16 @@ def attention(
     rows: which of its device's rows of the buffers each row is; what a number beyond them yields
       means nothing. None: all, in order.
     table: of these rows, where what is held is paged: which of its device's pages are theirs.
-  Raises NotImplementedError for another mask, and where heads do not go together on a mesh.
+  Raises NotImplementedError for another mask, for dropout, and where heads do not go together on a
+  mesh.
   """
   if not scoring.mask.causal or (extra := scoring.mask.fields() - {'causal', 'window'}):
     raise NotImplementedError(
       f'attention to a cache is causal, and its mask has at most a window, not '
       f"{sorted(extra) if scoring.mask.causal else 'causal=False'}; use kernels.attention"
     )
+  if scoring.dropout is not None:
+    raise NotImplementedError('attention to a cache leaves no weights out; use kernels.attention')
   N, K, t = q.shape[2], held.keys.shape[2], ax.size('heads')
   heads = held.axes().keys[2]
   if N % t or (heads is None and K > 1 and t % K):
@@ -204,9 +207,10 @@ def _local(
     named = jnp.minimum(named, held.keys.shape[1] - 1)  # none of them reads beyond the buffers
 
   # The TPU's kernel is for the few queries of generation; it has no relative scores, and knows no
-  # slots of other devices.
+  # slots of other devices; TPUs multiply no float16.
   relative = scoring.relative
-  if mesh.platform() == 'tpu' and not parts and relative is None and G * T <= cached_tpu.MOST:
+  kernel = relative is None and not parts and q.dtype != jnp.float16
+  if mesh.platform() == 'tpu' and kernel and G * T <= cached_tpu.MOST:
     top, total, mixed = cached_tpu.blocks(
       q, held, (layer, first), lengths, queries[:, 0], scoring, T=T, Hv=Hv, named=named
     )

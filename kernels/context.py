@@ -134,7 +134,7 @@ def attention(
   # A part of a row does not say where in the row it is, so that its tokens carry their positions;
   # a ring of zig-zag chunks knows who sees whom without.
   R = groups(strategy, N, K)
-  if mask.window >= T:
+  if mask.window >= T == S and mask.query_positions is None:
     mask = dataclasses.replace(mask, window=0)
   plain = mask.causal and mask.fields() <= {'causal', 'window', 'segments', 'zigzag'} and T == S
   zigzagged = R > 1 and plain and mask.zigzag == R and relative is None

@@ -282,6 +282,13 @@ def backward(
   if S <= min(room(dtype or q.dtype), in_table):
     return _backward_of(q, k, v, scoring, lse, delta, d_out, interpret, dtype, blocks)
   most = min(room(jnp.float32), of_a_part)
+  if 'zigzag' in scoring.mask.fields():
+    # A part of the keys does not say where in the row it is.
+    given = (
+      jnp.broadcast_to(x, (len(q), x.shape[1])) for x in scoring.mask.positions(q.shape[1], S)
+    )
+    places = dict(zip(('query_positions', 'key_positions'), given))
+    scoring = dataclasses.replace(scoring, mask=dataclasses.replace(scoring.mask, **places))
   d_q, parts = 0.0, []
   for start in range(0, S, most):
     part = slice(start, min(S, start + most))

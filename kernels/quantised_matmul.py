@@ -183,7 +183,13 @@ def _after(codes, x):
   """Codes alone XLA would make numbers of before the loop over tokens, once for all of them, and
   keep those in memory: hence a bit of the rows', which is 0.
   """
-  return codes ^ (x.ravel()[0] == jnp.inf).astype(codes.dtype)
+  return codes ^ never(x).astype(codes.dtype)
+
+
+def never(x) -> Array:
+  """False, bool [], though XLA does not know it before x is there; whatever x holds."""
+  first = x.ravel()[0]
+  return (first != first) & (first == jnp.inf)
 
 
 def _add(a, b):

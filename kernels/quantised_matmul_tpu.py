@@ -31,8 +31,8 @@ STEPS, OFFSET = 16, 24  # code = STEPS * number - OFFSET
 def refusal(w, dtype) -> str:
   """Why the kernel does not multiply rows of `dtype` with these matrices; '' where it does."""
   _, K, F = w.shape
-  if jnp.dtype(dtype) == jnp.float32:
-    return 'rows in float32'
+  if jnp.dtype(dtype) in (jnp.float32, jnp.float16):
+    return f'rows in {jnp.dtype(dtype)}'
   if F % LANES or K % LANES:
     return f'{K} inputs and {F} outputs, not multiples of {LANES}'
   if w.pack and (w.group % (2 * WORD_ROWS) or w.pack % 8):

@@ -45,9 +45,13 @@ def attention(
   out, lse = _of_all_parts(q, k, v, scoring, part, part_backward, R, zigzagged)
   if scoring.sinks is None:
     return out, lse
-  # Once, over all parts together.
-  total = jnp.logaddexp(lse, scoring.sinks.astype(lse.dtype)[None, None])
-  return (out * jnp.exp(lse - total)[..., None]).astype(out.dtype), total
+  # Once, over all parts together. Of a query that sees nothing, not even a sink, differences with
+  # its log-sum-exp would be NaN, and so would be gradients.
+  sinks = scoring.sinks.astype(lse.dtype)[None, None]
+  nothing = jnp.isneginf(lse) & jnp.isneginf(sinks)
+  total = jnp.logaddexp(jnp.where(nothing, 0, lse), sinks)
+  out = (out * jnp.exp(lse - total)[..., None]).astype(out.dtype)
+  return out, jnp.where(nothing, -jnp.inf, total)
 
 
 def _of_all_parts(q, k, v, scoring, part, part_backward, R, zigzagged):

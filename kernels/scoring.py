@@ -30,8 +30,8 @@ class Scoring:
     relative: scores by distance (kernels.mask.Relative), added to the scaled products before the
       cap; None: none.
     dropout: what is left out of the weights (kernels.draws.Dropout); None: nothing.
-    scale: of q k; None: H ** -0.5. Our kernels want a number, the other backends take what is
-      traced, too.
+    scale: of q k; None: H ** -0.5. Our kernels and cuDNN's want a number, the other backends
+      take what is traced, too.
 
   The numbers are static: they are part of the tree's structure, so that what is compiled or
   differentiated knows them. Arrays are leaves. The fields are annotated Any because JAX rebuilds
@@ -55,6 +55,10 @@ class Scoring:
       'sinks': self.sinks is not None,
       'relative': self.relative is not None,
       'dropout': self.dropout is not None,
+      # Distances, too, are of where tokens are.
+      'zigzag': self.relative is not None
+      and self.mask.zigzag != 1
+      and self.mask.query_positions is None,
     }
     return self.mask.fields() | {name for name, is_set in named.items() if is_set}
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 ROUNDS = 'rounds'  # scope in a program of a loop whose end the routing decides
 
@@ -126,21 +127,35 @@ def _forward(function, exchange, *arguments):
 
 def _backward(function, exchange, arguments, dy):
   x, gates, weights, rounds = arguments
+  # A frozen base may be in codes, which have no gradient.
+  leaves, tree = jax.tree.flatten(weights)
+  numeric = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+  numbers = [leaf for leaf, is_number in zip(leaves, numeric) if is_number]
+
+  def whole(numbers, code):
+    numbers = iter(numbers)
+    return tree.unflatten(
+      [next(numbers) if yes else code(leaf) for leaf, yes in zip(leaves, numeric)]
+    )
 
   def add_round(i, sums):
     # Rows are sent and the function is computed again. The gradient of what came back, dy of the
     # token, travels as the rows did; gradients of rows and gates come back as results do.
     rows, gate, expert = _sent(exchange, rounds, i, x, gates)
     _, pull = jax.vjp(
-      lambda rows, gate, weights: function(rows, gate, expert, weights), rows, gate, weights
+      lambda rows, gate, numbers: function(rows, gate, expert, whole(numbers, lambda leaf: leaf)),
+      rows,
+      gate,
+      numbers,
     )
-    d_rows, d_gate, d_weights = pull(_sent(exchange, rounds, i, dy.astype(x.dtype), gates)[0])
+    d_rows, d_gate, d_numbers = pull(_sent(exchange, rounds, i, dy.astype(x.dtype), gates)[0])
     d_x = _returned(exchange, rounds, i, d_rows).sum(0, dtype=jnp.float32)
     d_gates = _returned(exchange, rounds, i, d_gate[:, None])[..., 0].T
-    return jax.tree.map(jnp.add, sums, (d_x, d_gates, d_weights))
+    return jax.tree.map(jnp.add, sums, (d_x, d_gates, d_numbers))
 
-  zeros = jax.tree.map(jnp.zeros_like, (x.astype(jnp.float32), gates, weights))
-  d_x, d_gates, d_weights = _repeat(rounds, add_round, zeros)
+  zeros = jax.tree.map(jnp.zeros_like, (x.astype(jnp.float32), gates, numbers))
+  d_x, d_gates, d_numbers = _repeat(rounds, add_round, zeros)
+  d_weights = whole(d_numbers, lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0))
   return d_x.astype(x.dtype), d_gates, d_weights, None
 
 

@@ -182,7 +182,7 @@ class Codes(Weight):
       part = jax.tree.map(lambda a: a[n], pieces)
       # After what came before, and not at once or before the loop over tokens, which would take
       # room for all numbers: a bit of that, which is 0, is in the codes.
-      before = (x if y is None else y).ravel()[0] == jnp.inf
+      before = quantised_matmul.never(x if y is None else y)
       codes = (part.codes.view(jnp.uint8) ^ before.astype(jnp.uint8)).view(part.codes.dtype)
       more = product(rows[n], dataclasses.replace(part, codes=codes))
       y = more if y is None else y + more

@@ -105,6 +105,23 @@ def test_auto_on_a_hopper_gpu_is_cudnn_where_it_can_and_our_kernel_where_it_cann
   assert ran == ['xla', 'pallas_gpu', 'xla', 'xla', 'xla', 'xla', 'xla', 'xla', 'xla']
 
 
+def test_auto_on_a_hopper_gpu_is_our_kernel_for_scores_that_cudnn_has_not(monkeypatch):
+  """A cap and sinks are no part of the mask that cuDNN is asked about."""
+  monkeypatch.setattr(dispatch.mesh, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(cudnn, 'capability', lambda: (9, 0))
+  ran = []
+
+  def run(name, q, k, v, scoring, **options):
+    return (ran.append(name), (q, q[..., 0]))[1]
+
+  monkeypatch.setattr(dispatch.flash, 'attention', run)
+  monkeypatch.setattr(dispatch, 'xla', functools.partial(run, 'xla'))
+  q, k, v = (x[:1].astype(jnp.bfloat16) for x in inputs(256, 2, 64))
+  for more in ({}, {'softcap': 50.0}, {'sinks': jnp.zeros(2)}):
+    attention(q, k, v, Scoring(Mask(), **more))
+  assert ran == ['xla', 'pallas_gpu', 'pallas_gpu']
+
+
 def test_auto_says_where_gradients_are_not_the_same_bits_every_time(monkeypatch, capsys):
   monkeypatch.setattr(dispatch.mesh, 'platform', lambda: 'gpu')
   for chosen in ('pallas_gpu', 'xla'):

@@ -311,6 +311,13 @@ def test_faults_are_caught(fault, monkeypatch):
     check(**kind)
 
 
+def test_dropout_is_refused():
+  held, lengths, queries, *_ = case()
+  arguments = jnp.zeros((B, 1, N, H)), held, 0, jnp.asarray(lengths), jnp.asarray(queries)
+  with pytest.raises(NotImplementedError, match='leaves no weights out'):
+    cached.attention(*arguments, Scoring(dropout=object()))
+
+
 def test_heads_that_do_not_go_together_raise():
   held, lengths, queries, *_ = case(K=3)
   with jax.set_mesh(make_mesh(MeshConfig(data=1, tensor=4), jax.devices()[:4])):

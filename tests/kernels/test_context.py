@@ -73,8 +73,8 @@ def run(
   positions=False,
   **mask,
 ):
-  """(out, log-sum-exp, gradients by name) of a projection of both;
-  rows stand in `order`, as zigzag(T, parts) is.
+  """(out, log-sum-exp, gradients by name) of a projection of both; rows stand in `order`, as
+  zigzag(T, parts) is. positions: that are drawn, so many times.
   """
 
   def rows(name, high):
@@ -84,7 +84,8 @@ def run(
   if segments:
     mask |= {'query_segments': rows('segments', 3), 'key_segments': rows('segments', 3)}
   if positions:
-    mask |= {'query_positions': rows('queries', T), 'key_positions': rows('keys!', T)}
+    places = {'query_positions': rows('queries', T), 'key_positions': rows('keys!', T)}
+    mask |= {name: int(positions) * x for name, x in places.items()}
   if 'prefix' in mask:
     mask['prefix'] = jnp.asarray(mask['prefix'])
   mask = Mask(zigzag=parts, **mask)
@@ -127,12 +128,14 @@ def check(
   value_width=H,
   backend='auto',
   dtype=np.float64,
+  sinkless=(),
   **features,
 ):
   """The strategy on a mesh of these sizes against the reference on one device,
   in f64: what differs then is no rounding.
   """
   arrays, tolerance = inputs(kv_heads, value_width, dtype), 1e-5 if dtype == np.float32 else 1e-11
+  arrays['sinks'][list(sinkless)] = -np.inf
   expected = run(arrays, np.arange(T), 1, backend='reference', **features)
   with jax.set_mesh(
     make_mesh(MeshConfig(**{'data': 1} | sizes), jax.devices()[: np.prod(list(sizes.values()))])
@@ -171,6 +174,10 @@ CASES = [
   ),
   ('ring', {'context': 4}, {'in_order': True, 'window': 10}),
   ('ring', {'context': 4}, {'causal': False, 'window': 5, 'segments': True}),
+  # Queries that see no key, of heads with a sink and without.
+  ('ring', {'context': 2}, {'positions': True, 'sinks': True, 'sinkless': [1, 2]}),
+  # Positions that are further apart than indices: a window as long as the row is one.
+  ('ring', {'context': 2}, {'positions': 5, 'window': T}),
   ('ring', {'context': 2}, {'relative': True, 'segments': True}),
   (
     'ring',

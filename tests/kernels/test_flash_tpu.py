@@ -226,13 +226,15 @@ def test_no_step_reads_what_another_writes(small_steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('parts', [positions(150, 300), {}], ids=['positions', 'in order'])
+@pytest.mark.parametrize(
+  'parts', [positions(150, 300), {}, {'zigzag': 2}], ids=['positions', 'in order', 'zigzag']
+)
 def test_keys_go_through_in_parts_where_they_do_not_fit(parts, monkeypatch):
   """A VMEM in which the gradients of 128 keys find place."""
   monkeypatch.setattr(
     flash_tpu_steps, '_tuning', lambda direction, width: Tuning(256, 128, 128, False, 2**15)
   )
-  T = 150 if parts else 300
+  T = 150 if 'query_positions' in parts else 300
   q, k, v = draw(2, T, 4, 8), draw(2, 300, 2, 8), draw(2, 300, 2, 8, seed=1)
   scoring = Scoring(oracle.mask(parts), scale=0.3)
   out, lse = reference.attention(q, k, v, scoring)

@@ -248,7 +248,7 @@ MESHES = [
 def test_meshes_are_one_device(name, sizes, monkeypatch):
   """Experts over fsdp come in two pieces."""
   monkeypatch.setattr(quantised_matmul, 'FEW', 0)
-  monkeypatch.setattr(moe_module, '_pieces', lambda F: 2)
+  monkeypatch.setattr(moe_module, '_pieces', lambda *_: 2)
   outputs = []
   for mesh in ({}, sizes):
     with jax.set_mesh(on(mesh)):

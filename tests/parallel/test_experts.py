@@ -128,6 +128,38 @@ def test_the_worst_routing_takes_more_rounds_and_not_more_room(C):
   check(np.tile(np.array([[4, 5]], np.int32), (2 * P * n, 1)), C, -(-n * k // C))
 
 
+def test_weights_in_codes_have_no_gradient_and_let_others_through():
+  """As those of a frozen base under adapters."""
+  draw = np.random.default_rng(0)
+  x = draw.normal(size=(2 * P * n, D)).astype(np.float32)
+  gates, expert = np.full((2 * P * n, k), 0.5, np.float32), choices(0)
+  codes = draw.integers(-2, 3, (P * E, D)).astype(np.int8)
+  offset = draw.normal(size=(P * E, D)).astype(np.float32)
+  gates = np.where(expert < P * E, gates, 0)
+
+  def loss(function, scale):
+    def total(x, gates, offset, expert):
+      result = function(x, gates, {'scale': scale, 'offset': offset}, expert)
+      return (result[0] if isinstance(result, tuple) else result).sum()
+
+    return jax.jit(jax.grad(total, (0, 1, 2)))
+
+  mesh = make_mesh(MeshConfig(data=2, expert=P))
+  with jax.set_mesh(mesh):
+
+    def place(value, *axes):
+      return jax.device_put(value, jax.NamedSharding(mesh, ax.spec(*axes)))
+
+    arrays = place(x, 'batch', None), place(gates, 'batch', None), place(offset, 'experts', None)
+    found = loss(split(3, True), place(codes, 'experts', None))(
+      *arrays, place(expert, 'batch', None)
+    )
+  wanted = loss(whole, jnp.float32(codes))(x, gates, offset, expert)
+  wanted = wanted[0], np.where(expert < P * E, wanted[1], 0), wanted[2]
+  for a, b in zip(found, wanted):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_nobody_sends_anything():
   check(np.full((2 * P * n, k), P * E, np.int32), 2, 1)
 
