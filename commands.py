@@ -121,7 +121,7 @@ def end(command: Callable[[], object], stopped_code: int = 0) -> None:
   except KeyboardInterrupt as error:
     name = str(error) or signal.SIGINT.name
     _say('\ninterrupted' + ('' if name == signal.SIGINT.name else f' by {name}'))
-    code = stopped_code or 128 + signal.Signals[name]
+    code = interrupted(error, stopped_code)
   except (OSError, FloatingPointError) as error:
     _say(f'error: {said(error)}')
   except MemoryError as error:
@@ -139,6 +139,13 @@ def end(command: Callable[[], object], stopped_code: int = 0) -> None:
   with contextlib.suppress(OSError, ValueError):
     sys.stdout.flush()
   os._exit(code)
+
+
+def interrupted(error: BaseException, stopped_code: int = 0) -> int:
+  """The exit code of what a signal ended, as shells have it, or stopped_code; 0 of all else."""
+  if not isinstance(error, KeyboardInterrupt):
+    return 0
+  return stopped_code or 128 + signal.Signals[str(error) or signal.SIGINT.name]
 
 
 def without_64_bits() -> None:

@@ -119,6 +119,7 @@ def _import(options) -> None:
 
 
 def _import_adapter(options, source: pathlib.Path) -> None:
+  files.check_local('--workdir', options.workdir)  # of adapters; models may be in buckets
   workdir = pathlib.Path(options.workdir)
   if not options.base:
     raise ValueError(

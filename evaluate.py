@@ -118,7 +118,9 @@ def check_flags() -> list[int]:
   files.check_local('--output', OUTPUT.value or '', buckets=True)
   for name in CALIBRATION.value:
     names.check('--calibration', name, classify.CALIBRATIONS)
-  if not all(text.isdecimal() for text in SHOTS.value):
+  if not CALIBRATION.value:
+    raise ValueError(f'--calibration= names none of {", ".join(classify.CALIBRATIONS)}')
+  if not SHOTS.value or not all(text.isdecimal() for text in SHOTS.value):
     raise ValueError(f'--shots={",".join(SHOTS.value)} must be whole numbers, as in --shots=0,4')
   return [int(text) for text in SHOTS.value]
 
@@ -266,6 +268,11 @@ def check_tasks() -> None:
     raise ValueError(f'--lm_eval_path={LM_EVAL_PATH.value} is of --lm_eval; name tasks by that')
   if LM_EVAL.value and (DATA.value, CALIBRATION.value) != (DATA.default, CALIBRATION.default):
     raise ValueError('--data and --calibration are not of --lm_eval, whose files say both')
+  typed = [word for word in sys.argv[1:] if word.lstrip('-').startswith('config')]
+  if (TASKS.value or LM_EVAL.value) and typed:
+    raise ValueError(
+      f'{typed[0]} is of classification and rewards: tasks, and the run, say how they are asked'
+    )
   if not TASKS.value:
     for flag in (DATA, SYSTEM, CHAT, RUN_PROGRAMS) if not LM_EVAL.value else (RUN_PROGRAMS,):
       if flag.value != flag.default:

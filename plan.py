@@ -67,7 +67,7 @@ BATCH = flags.DEFINE_integer(
   lower_bound=0,
 )
 WEIGHTS = flags.DEFINE_string(
-  'weights', '', 'Of prefill and decode: matrices in codes, as of generate.py: int8, int4:group=64.'
+  'weights', '', 'Of what generates: matrices in codes, as of generate.py: int8, int4:group=64.'
 )
 CONTEXT = flags.DEFINE_integer(
   'context', 0, 'Tokens of a row: of the prompt, or of the cache.', lower_bound=0
@@ -406,6 +406,7 @@ def main(arguments):
   for flag in (
     train.WORKDIR,
     train.PROFILE,
+    train.SHOW,
     train.ALLOW_CHANGE,
     train.COORDINATOR,
     train.PROCESSES,
@@ -419,6 +420,8 @@ def main(arguments):
   logging.set_verbosity(logging.WARNING)
   with commands.mendable():
     names.check('mode', MODE.value, modes.MODES)
+    if JSON.value:
+      files.check_writable(JSON.value)
     rate = 0.0  # of tokens, where a plan is of more programs than one
     apart = MODE.value in (modes.TRAIN, modes.ROLLOUT)
     if apart and (BATCH.present or CONTEXT.present or WEIGHTS.present):

@@ -16,6 +16,8 @@ cd "${SLURM_SUBMIT_DIR:?submit with sbatch, from the root of the checkout}"
 # One task a GPU, which is how jax divides the GPUs of a Slurm step. A task that fails ends the others; a run that was asked to stop,
 # before its time is over, says so by its code and is queued again: it goes on from its last checkpoint.
 code=0
+# srun does not take it from sbatch by itself.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8}
 srun --kill-on-bad-exit=1 --label "${PYTHON:-.venv/bin/python}" train.py --stopped_code=75 "$@" || code=$?
 if ((code == 75)); then
   scontrol requeue "$SLURM_JOB_ID"

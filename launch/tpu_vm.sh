@@ -21,15 +21,19 @@ case $action in
   setup)
     archive=$(mktemp --suffix=.tgz)
     trap 'rm -f "$archive"' EXIT
-    git ls-files -z | tar --null --files-from=- -czf "$archive"
+    # What git tracks and is there, of the whole checkout; what is there no more goes on the workers, too.
+    cd "$(git rev-parse --show-toplevel)"
+    git ls-files -z | while IFS= read -r -d '' file; do if [[ -e $file ]]; then printf '%s\0' "$file"; fi; done \
+| tar --null --files-from=- -czf "$archive"
     gcloud compute tpus tpu-vm scp "$archive" "$name:$directory.tgz" --worker=all
-    remote all "mkdir -p $directory && cd $directory && tar -xzf ../$directory.tgz \
+    remote all "mkdir -p $directory && cd $directory && if [ -f .copied ]; then xargs -d '\\n' -r rm -f < .copied; fi \
+&& tar -xzvf ../$directory.tgz > .copied \
 && ${PYTHON:-python3} -m venv .venv && .venv/bin/pip install -q -e .[tpu]"
     ;;
   train)
     # Detached, so that it outlives the connection.
     flags=$(printf '%q ' "$@")
-    remote all "cd $directory || exit; if kill -0 \$(cat pid) 2>/dev/null; then echo 'train.py is running; stop it first' >&2; exit 1; fi
+    remote all "cd $directory || exit; if grep -qa train.py /proc/\$(cat pid 2>/dev/null)/cmdline 2>/dev/null; then echo 'train.py is running; stop it first' >&2; exit 1; fi
 nohup .venv/bin/python train.py $flags >> train.log 2>&1 < /dev/null & echo \$! > pid"
     ;;
   log)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import pathlib
 import platform
 import re
 import signal
@@ -54,14 +55,22 @@ def use_huge_pages() -> None:
 
 
 def cache_compilations(directory: str | os.PathLike) -> None:
-  """Keeps compiled programs on disk, for every program however small:
-  a second run starts without compiling.
+  """Keeps compiled programs on disk, for every program however small: a second run starts without
+  compiling. Where JAX_COMPILATION_CACHE_DIR says so, there; where nothing can be written, nowhere.
   """
   import jax
 
-  path = files.kept(directory).absolute()
-  path.mkdir(parents=True, exist_ok=True)
-  jax.config.update('jax_compilation_cache_dir', str(path))
+  path = pathlib.Path(os.environ.get('JAX_COMPILATION_CACHE_DIR') or files.kept(directory))
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    files.check_writable(path / 'written')
+  except OSError as error:
+    print(
+      f'NOTE: programs are compiled anew every time: {error}; '
+      'JAX_COMPILATION_CACHE_DIR names another directory'
+    )
+    return
+  jax.config.update('jax_compilation_cache_dir', str(path.absolute()))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
 
@@ -210,7 +219,7 @@ def _leave(error: BaseException, heartbeat_timeout: int) -> None:
     time.sleep(heartbeat_timeout + 5)
     say(f'{_who()} leaves: no other one was lost, so the error is its own')
   sys.stdout.flush()
-  os._exit(1)
+  os._exit(commands.interrupted(error, stopped_code()) or 1)
 
 
 def count() -> int:

@@ -89,7 +89,8 @@ class Address:
 
   @property
   def parent(self) -> 'Address':
-    return self._at(str(self._pure.parent).removeprefix('.'))
+    above = str(self._pure.parent)
+    return self._at('' if above == '.' else above)
 
   def _at(self, key: str) -> 'Address':
     return Address(f'{self.scheme}://{self.bucket}/{key}')

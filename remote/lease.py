@@ -23,12 +23,14 @@ class _Lease:
   """A lock's object, renewed by a thread until it is given back."""
 
   def __init__(self, place, root):
-    self.place, self.root, self.lost = place, root, ''
+    self.place, self.root, self._lost = place, root, ''
     self.mark = uuid.uuid4().hex
+    self._last = time.monotonic()  # when it was renewed
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._renew, daemon=True)
 
   def begin(self) -> None:
+    self._last = time.monotonic()
     _leases[self.root] = self
     self._thread.start()
 
@@ -36,23 +38,31 @@ class _Lease:
     self._ended.set()
     self._thread.join()
     _leases.pop(self.root, None)
-    if not self.lost:
+    # Whoever slept longer than others wait for may find another's there.
+    if not self.lost and _holder(self.place).get('mark') == self.mark:
       self.place.unlink(missing_ok=True)
 
+  @property
+  def lost(self) -> str:
+    """Why it is this process's no more; ''. A request that hangs is as bad as one that fails."""
+    if not self._lost and time.monotonic() - self._last > STALE / 2:
+      self._lost = f'it could not be renewed for {STALE / 2:.0f} s'
+    return self._lost
+
   def _renew(self) -> None:
-    last = time.monotonic()
     while not self._ended.wait(BEAT):
       try:
         held = _holder(self.place)
         if held.get('mark') not in (self.mark, None):
-          self.lost = f'process {held.get("process")} on {held.get("host")} took it over'
+          self._lost = f'process {held.get("process")} on {held.get("host")} took it over'
+        if self.lost:
           return
         with answering(self.place) as system:
           system.pipe_file(self.place.path, content_of(self.mark))
-        last = time.monotonic()
+        self._last = time.monotonic()
       except OSError as error:
-        if time.monotonic() - last > STALE / 2:
-          self.lost = f'it could not be renewed for {STALE / 2:.0f} s: {error}'
+        if self.lost:
+          self._lost += f': {error}'
           return
 
 

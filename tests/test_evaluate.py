@@ -126,11 +126,13 @@ def test_a_head_is_judged_beside_what_is_asked(tuned):
   [
     (('--shots=two',), '--shots=two must be whole numbers'),
     (('--calibration=context',), "--calibration='context' is unknown; did you mean 'contextual'"),
+    (('--calibration=',), '--calibration= names none of'),
+    (('--shots=',), '--shots= must be whole numbers'),
     (('--shots=40',), 'shots=40 shows 20 examples of label'),
     (('--config=tiny',), "objective.kind='next_token' names no template to classify by"),
     (('--config.objective.template=none.toml',), 'none.toml'),
   ],
-  ids=range(5),
+  ids=range(7),
 )
 def test_what_cannot_be_asked_is_said(tuned, flags, said):
   done = Process(tuned, 'evaluate.py', f'--workdir={tuned}/run', *flags).end()
@@ -197,6 +199,7 @@ def test_flags_of_tasks_are_checked_before_anything_is_read(tuned):
     ((run, '--data=.', '--chat'), '--chat=True is of tasks; name some by --tasks'),
     ((run, '--tasks=blimp', '--calibration=pmi'), 'a task says how it is calibrated'),
     (('--tasks=blimp',), 'give the directory of a run by --workdir'),
+    ((run, '--tasks=blimp', '--config=classify'), '--config=classify is of classification'),
     ((run, '--tasks=blimps'), "--tasks='blimps' is unknown; did you mean 'blimp'"),
   ):
     done = Process(tuned, 'evaluate.py', *flags).end()

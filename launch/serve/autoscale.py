@@ -18,29 +18,44 @@ class Direction:
 
   Attributes:
     window: seconds; of what was desired within them the least (up) or the greatest (down) counts.
-    policies: (Percent or Pods, value, seconds) that one may change by; of several the greatest.
+    policies: (Percent or Pods, value, seconds) that one may change by; of several the greatest, or
+      the least.
+    least: whether it is the least. sign: 1 up, -1 down.
   """
 
-  window: float = 0.0
-  policies: Sequence[tuple[str, float, float]] = ()
+  window: float
+  policies: Sequence[tuple[str, float, float]]
+  least: bool
+  sign: int
 
   @classmethod
-  def read(cls, said: Mapping) -> 'Direction':
+  def read(cls, said: Mapping, unsaid: 'Direction') -> 'Direction':
+    """What a document says, and what Kubernetes takes where it says nothing.
+
+    Raises ValueError for a direction that is disabled.
+    """
+    if (chosen := said.get('selectPolicy', 'Max')) == 'Disabled':
+      raise ValueError('selectPolicy: Disabled never changes the replicas: nothing to rehearse')
     policies = [
       (each['type'], each['value'], each['periodSeconds']) for each in said.get('policies', ())
     ]
-    return cls(said.get('stabilizationWindowSeconds', 0), policies)
+    window = said.get('stabilizationWindowSeconds', unsaid.window)
+    return cls(window, policies or unsaid.policies, chosen == 'Min', unsaid.sign)
 
   def change(self, replicas: int, changes: Sequence[tuple[float, int]], now: float) -> float:
     """By how many replicas it may change, after changes at times."""
-    if not self.policies:
-      return math.inf
     allowed = []
     for kind, value, seconds in self.policies:
       done = sum(by for at, by in changes if now - at < seconds)
-      most = value if kind == 'Pods' else math.ceil((replicas - done) * value / 100)
+      # A share of how many there were when the period began.
+      most = value if kind == 'Pods' else math.ceil((replicas - self.sign * done) * value / 100)
       allowed.append(most - done)
-    return max(0, *allowed)
+    return max(0, (min if self.least else max)(allowed))
+
+
+# What Kubernetes does where a document does not say (autoscaling/v2, HorizontalPodAutoscaler).
+UP = Direction(0.0, [('Pods', 4, 15.0), ('Percent', 100, 15.0)], False, 1)
+DOWN = Direction(300.0, [('Percent', 100, 15.0)], False, -1)
 
 
 class Autoscaler:
@@ -58,8 +73,8 @@ class Autoscaler:
       for each in spec['metrics']
     }
     behavior = spec.get('behavior', {})
-    self._up = Direction.read(behavior.get('scaleUp', {}))
-    self._down = Direction.read(behavior.get('scaleDown', {}))
+    self._up = Direction.read(behavior.get('scaleUp', {}), UP)
+    self._down = Direction.read(behavior.get('scaleDown', {}), DOWN)
     self._wanted: list[tuple[float, int]] = []
     self._changes: list[tuple[float, int]] = []
 

@@ -238,6 +238,7 @@ async def autoscale(cluster: Cluster, autoscaler: Autoscaler, speed: float) -> N
   while True:
     await asyncio.sleep(cluster.scaled(SYNC))
     ready = [each for each in cluster.replicas if each.backend.ready]
+    check(bool(ready), 'a replica is ready, of which the autoscaler asks')
     means = {
       name: sum([await each.metric(name) for each in ready]) / len(ready)
       for name in autoscaler.targets
@@ -374,7 +375,7 @@ def parser() -> argparse.ArgumentParser:
     '--flag',
     action='append',
     default=[],
-    help='one more of serve.py, such as --flag=--capacity=512',
+    help='one more of serve.py, such as --flag=--max_model_len=512',
   )
   add('--rows', type=int, default=16, help='of each replica; the autoscaler is set for 16')
   add('--tokens', type=int, default=16, help='of an answer')

@@ -205,7 +205,9 @@ def test_numbers_of_kubernetes_fit_together():
   assert predictor['scaleTarget'] == 0.75 * int(given['rows'])
   assert predictor['containerConcurrency'] == 2 * int(given['rows'])
   assert given['served_model_name'] == prediction['metadata']['name']
-  assert int(given['drain_seconds']) + SECONDS <= predictor['terminationGracePeriodSeconds']
+  # Knative waits as long as for an answer, and lets nobody say otherwise.
+  assert int(given['drain_seconds']) + SECONDS <= predictor['timeout']
+  assert 'terminationGracePeriodSeconds' not in predictor
 
 
 def test_numbers_of_amazon_fit_together():

@@ -97,6 +97,20 @@ def test_compilations_are_kept_in_a_directory_that_is_made(tmp_path, monkeypatch
   assert set_to['jax_persistent_cache_min_compile_time_secs'] == 0
 
 
+def test_where_nothing_can_be_written_programs_are_not_kept_and_it_is_said(
+  tmp_path, monkeypatch, capsys
+):
+  """As in an image whose file system is read-only; a variable of jax's names another place."""
+  set_to = {}
+  monkeypatch.setattr(jax.config, 'update', lambda name, value: set_to.__setitem__(name, value))
+  (tmp_path / 'file').touch()
+  hosts.cache_compilations(tmp_path / 'file' / 'xla')
+  assert not set_to and 'are compiled anew every time' in capsys.readouterr().out
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'kept'))
+  hosts.cache_compilations(tmp_path / 'file' / 'xla')
+  assert set_to['jax_compilation_cache_dir'] == str(tmp_path / 'kept')
+
+
 @pytest.fixture
 def initialized(monkeypatch) -> list:
   """The calls of jax.distributed.initialize, which finds no cluster."""

@@ -226,6 +226,32 @@ def test_who_has_lost_a_lock_writes_nothing_more(bucket, monkeypatch):
   assert (run / 'lock').exists(), 'it is the other one\'s'
 
 
+def test_a_beat_that_hangs_loses_the_lock_and_anothers_stays(in_memory, monkeypatch):
+  """By the clock alone: a request that neither ends nor fails says nothing. And who ends before the
+  next beat leaves what another has put there.
+  """
+  run = in_memory / 'run'
+  with files.locked(run / 'lock', 'run', 'wait'):
+    assert not lease.lost(run)
+    now = time.monotonic()
+    with monkeypatch.context() as later:
+      later.setattr(lease.time, 'monotonic', lambda: now + lease.STALE / 2 + 1)
+      assert 'could not be renewed' in lease.lost(run)
+    with pytest.raises(OSError, match='is not this process.s any more'):
+      files.replace(run / 'config.json', '{}')
+  assert (run / 'lock').exists()
+  (run / 'lock').unlink()
+  with files.locked(run / 'lock', 'run', 'wait'):
+    held_by(run / 'lock', host='elsewhere')
+  assert (run / 'lock').exists(), 'it is the other one\'s'
+
+
+def test_a_directory_may_begin_with_a_dot():
+  place = files.place('s3://bucket/.exp/run/x')
+  assert str(place.parent.parent) == 's3://bucket/.exp'
+  assert str(place.parent.parent.parent) == str(files.place('s3://bucket'))
+
+
 def test_a_missing_bucket_and_a_missing_library_are_one_line(bucket, monkeypatch, anew):
   with pytest.raises(FileNotFoundError, match='there is no bucket s3://nowhere-at-all; make it'):
     system.check(files.place('s3://nowhere-at-all/run'), write=True)
