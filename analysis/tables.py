@@ -241,7 +241,8 @@ def served(found) -> None:
     'predicted',
   )
   table.add_row('cache of a device', f'{pool / GB:.2f} GB for {tokens:,} tokens')
-  table.add_row('peak of a device, as it reads', f'{found.read.memory.peak / GB:.2f} GB')
+  peak = found.read.memory and f'{found.read.memory.peak / GB:.2f} GB'
+  table.add_row('peak of a device, as it reads', peak or 'more than there is: DOES NOT FIT')
   for name, value in found.times().items():
     table.add_row(name, f'{value:,.0f}' if name.startswith('tokens/s') else seconds(value))
   console.print(table)

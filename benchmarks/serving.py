@@ -299,8 +299,7 @@ def requests_of(options: argparse.Namespace) -> list[tuple[str, int]]:
   from data import tokenizers
 
   work = work_of(options)
-  most = max(work.requests, 2 * max(work.clients), 2 * work.rows)
-  return work.drawn(tokenizers.load(pathlib.Path(options.workdir) / 'tokenizer'), most)
+  return work.drawn(tokenizers.load(pathlib.Path(options.workdir) / 'tokenizer'), work.total)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ sides; a closed loop and Poisson arrivals; what came of them.
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -35,6 +36,16 @@ class Work:
   def capacity(self) -> int:
     """Tokens that a row has to hold; a prompt may have a few more than were drawn."""
     return -(-(self.shared + self.prompt[1] * 5 // 4 + self.answer[1]) // 128) * 128
+
+  def of_loop(self, clients: int) -> int:
+    """Requests of a closed loop of so many clients."""
+    return max(self.requests, 2 * clients)
+
+  @property
+  def total(self) -> int:
+    """Requests of all measurements, and of what warms a side up."""
+    loops = sum(map(self.of_loop, self.clients))
+    return 2 * self.rows + loops + len(self.shares) * self.requests
 
   def drawn(self, tokenizer, count: int) -> list[tuple[str, int]]:
     """(prompt, new tokens) of so many requests, the same for all sides: texts of real tokens."""
@@ -145,16 +156,24 @@ async def loads(
   Poisson arrivals have shares; 0: what the closed loop reached.
   """
   found: dict = {'closed': {}, 'poisson': {}}
-  await closed(ask, requests[: 2 * work.rows], work.rows)
+  # Every measurement has prompts of its own: of those that a side has read before it may know the
+  # keys, and sides keep more or fewer.
+  fresh = iter(requests)
+
+  def some(count):
+    return list(itertools.islice(fresh, count))
+
+  await closed(ask, some(2 * work.rows), work.rows)
 
   async def measured(run, count):
+    asked = some(count)
     began, before = time.perf_counter(), processor()
-    streams = await run(requests[:count])
+    streams = await run(asked)
     return summary(streams, time.perf_counter() - began, processor() - before)
 
   for clients in work.clients:
-    count = max(work.requests, 2 * clients)
-    found['closed'][clients] = await measured(lambda some: closed(ask, some, clients), count)
+    asked = work.of_loop(clients)
+    found['closed'][clients] = await measured(lambda some: closed(ask, some, clients), asked)
   loop = LOOP if LOOP in work.clients else work.clients[-1]
   rate = rate or found['closed'][loop]['requests_per_second']
   for share in work.shares:

@@ -52,21 +52,22 @@ print(time.perf_counter() - began)
 
 
 def until(command: list[str], sign: str) -> float:
-  """Seconds from the start of a process to the first output that contains `sign`,
-  read character by character.
+  """Seconds from the start of a process to the first output that contains `sign`, read character
+  by character; what it says aside (stderr) is none, and shown where it fails.
   """
   began = time.perf_counter()
   process = subprocess.Popen(
     command,
     stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
+    stderr=(aside := tempfile.TemporaryFile()),
     env=os.environ | {'JAX_PLATFORMS': 'cpu'},
   )
   seen = b''
   while sign.encode() not in seen:
     character = process.stdout.read(1)
     if not character:
-      raise RuntimeError(f'{command} ended without {sign!r}:\n{seen.decode()}')
+      aside.seek(0)
+      raise RuntimeError(f'{command} ended without {sign!r}:\n{(seen + aside.read()).decode()}')
     seen += character
   took = time.perf_counter() - began
   process.stdout.read()

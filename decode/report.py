@@ -54,7 +54,7 @@ class GenerationReport:
       row; NaN where there is none.
     tokens_per_second: of all rows, in the same time; NaN likewise.
     cache_bytes: of the cache.
-    read_bytes: of weights and cached tokens that an average step reads.
+    read_bytes: of weights and cached tokens that a device reads in an average step.
     seed: as it was asked for.
     drafted, accepted: tokens that a draft proposed, and that were kept.
     fell_back: whether the call went on without drafts, because they cost more than they saved
@@ -111,9 +111,7 @@ class GenerationReport:
 
 @functools.cache
 def bandwidth() -> float:
-  """Bytes per second that a device of this process reads, measured; of several devices, all of them
-  together.
-  """
+  """Bytes per second that a device of this process reads, measured."""
   device = jax.local_devices()[0]
   probe = PROBES.get(device.platform, PROBE_ELSEWHERE)
   x = jax.device_put(jnp.ones((probe.nbytes // 4,), jnp.float32), device)
@@ -135,18 +133,25 @@ def bandwidth() -> float:
   return probe.times * probe.nbytes / best
 
 
-def weight_bytes(model: transformer.Decoder) -> float:
-  """Bytes of the weights that a step reads: not the table that tokens are looked up in, and of
-  experts those that one token goes to.
+def device_bytes(x: jax.Array) -> int:
+  """Bytes of an array that lie on one device."""
+  return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def weight_bytes(model: transformer.Decoder, rows: int = 1) -> float:
+  """Bytes of the weights that a device reads in a step of so many rows: not the table that tokens
+  are looked up in, of experts those that tokens of all rows go to, if each goes where it likes, and
+  parameters that layers share as often as they do.
   """
-  moe, total = model.config.moe, 0.0
+  moe, shared, total = model.config.moe, model.config.shared_layers, 0.0
   for name, x in params.named_leaves(model).items():
     is_head = name == 'embedding.tokens' and model.head.tokens is None
     looked_up = name.startswith('embedding.') and not is_head
     if looked_up or name.startswith('encoder.'):
       continue
     routed = moe.experts and '.feed_forward.' in name and moe.experts in x.shape[1:2]
-    total += x.nbytes * (moe.per_token / moe.experts if routed else 1)
+    chosen = 1 - (1 - moe.per_token / moe.experts) ** rows if routed else 1
+    total += device_bytes(x) * chosen * (shared if name.startswith('stack.') else 1)
   return total
 
 
@@ -154,7 +159,7 @@ class CallTimer:
   """Takes the times of a call, from when it is made."""
 
   def __init__(self, model: transformer.Decoder):
-    self._weights = weight_bytes(model)
+    self._model = model
     self._compiled = _compilation()
     self._compiled_before = self._compiled.seconds
     self._start = time.perf_counter()
@@ -162,7 +167,8 @@ class CallTimer:
   def began(self, cache: Cache, prompt_tokens: int, held: int) -> None:
     """So many tokens of prompts are on their way into this cache, whose rows then hold `held`."""
     self._cache = sum(x.nbytes for x in jax.tree.leaves(cache.held))
-    self._per_token = self._cache / cache.capacity / cache.lengths.shape[0]
+    here = sum(map(device_bytes, jax.tree.leaves(cache.held)))
+    self._per_token = here / cache.capacity / cache.lengths.shape[0]
     self._prompts = prompt_tokens
     self._held = held
 
@@ -196,7 +202,7 @@ class CallTimer:
       ms_per_token=took / timed * 1e3 if timed else nan,
       tokens_per_second=(tokens - sum(self._before)) / took if timed else nan,
       cache_bytes=self._cache,
-      read_bytes=self._weights + cached * self._per_token,
+      read_bytes=weight_bytes(self._model, len(self._lengths)) + cached * self._per_token,
       seed=seed,
       drafted=sum(row.drafted for row in rows),
       accepted=sum(row.accepted for row in rows),

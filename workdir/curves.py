@@ -19,6 +19,8 @@ import files
 from workdir.metrics import FILE, read_metrics
 
 PICTURE = 'curves.png'
+ACCURACY = 'accuracy'
+REWARDS = {'reward_chosen', 'rewards_wanted'}  # of a reward model, of KTO
 # (what, its limits, keys of metrics.jsonl). A key beside validation_KEY is drawn as a line, and
 # that as dots.
 PANELS: tuple[tuple[str, tuple[float, float] | None, tuple[str, ...]], ...] = (
@@ -27,6 +29,7 @@ PANELS: tuple[tuple[str, tuple[float, float] | None, tuple[str, ...]], ...] = (
   ('reward of an answer', None, ('reward_chosen', 'reward_rejected')),
   ('reward of an answer', None, ('rewards_wanted', 'rewards_unwanted')),
   ('share of pairs told right', (0, 1), ('reward_accuracy',)),
+  ('share told right', (0, 1), (ACCURACY,)),
   ('nats a token', None, ('kl', 'policy_kl')),
   ('nats a token', None, ('divergence', 'cross_entropy')),
   ('entropy, nats a token', None, ('entropy',)),
@@ -47,7 +50,9 @@ def panels(lines: Sequence[Mapping[str, float]]) -> list[tuple[str, tuple | None
     names = [name for key in keys for name in (key, EVALUATED.get(key, f'validation_{key}'))]
     found = {name: points(lines, name) for name in names}
     found = {name: of for name, of in found.items() if of[0]}
-    # An accuracy alone is of tokens: that of pairs comes with one of training.
+    # An accuracy is of tokens, but for what compares answers, which have rewards.
+    if keys == (ACCURACY,) and not any(line.keys() & REWARDS for line in lines):
+      continue
     if found.keys() - EVALUATED.values():
       drawn.append((what, limits, found))
   return drawn

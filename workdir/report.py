@@ -49,7 +49,7 @@ def write_report(
   samples.jsonl, so a resumed run is covered whole.
 
   Args:
-    parameters: trained ones, all of them. flops_per_token: of training
+    parameters: of the main model, trained or not. flops_per_token: of training
       (model.flops.train_flops_per_token).
     chips: how many the run held. hardware: their name, as the reader should see it.
     settings: of the run; None leaves them out.
@@ -61,8 +61,8 @@ def write_report(
     raise ValueError(f'{directory / FILE} has no training step to report; train first')
   name = directory.resolve().name
   title = f'{name}: {short(parameters)} parameters, {short(lines[-1]["tokens"])} tokens'
-  files.replace(directory / 'loss.png', plot(lines, title))
   unit = 'nats/token' if settings is None else settings.objective.loss_unit
+  files.replace(directory / 'loss.png', plot(lines, title, unit))
   best = kept_best(Checkpoints(directory), lines)
   rows = achieved(lines, unit, best, parameters, flops_per_token, chips, hardware)
   rows += cost(lines, config, chips)
@@ -149,8 +149,8 @@ def described(config: Config) -> str:
   return samples.fenced('\n'.join(lines))
 
 
-def plot(lines: Sequence[dict[str, float]], title: str) -> bytes:
-  """The loss curve as PNG: training (raw and smoothed) and validation in nats per token, on a
+def plot(lines: Sequence[dict[str, float]], title: str, unit: str = 'nats/token') -> bytes:
+  """The loss curve as PNG: training (raw and smoothed) and validation in their unit, on a
   logarithmic axis. Validation of several sources has a line for each: where one rises while
   another falls, the model forgets.
 
@@ -197,7 +197,7 @@ def plot(lines: Sequence[dict[str, float]], title: str) -> bytes:
         label=label,
       )
       seen.append(value / bits_per_nat)
-  axes.set(title=title, xlabel='step', ylabel='loss (nats per token)', xlim=(0, end))
+  axes.set(title=title, xlabel='step', ylabel=f'loss ({unit})' if unit else 'loss', xlim=(0, end))
   axes.xaxis.set_major_locator(ticker.MaxNLocator(8, steps=(1, 2, 2.5, 5, 10), integer=True))
   axes.xaxis.set_major_formatter('{x:,.0f}')
   axes.grid(alpha=0.25, linewidth=0.6)
