@@ -103,6 +103,14 @@ def test_rates_are_of_what_should_not_be():
   assert found['unsafe: a'].estimate.value == 0.2 and found['safe: a'].estimate.value == 0.4
 
 
+def test_a_question_that_is_asked_twice_counts_twice():
+  rows = [row for _ in range(3) for row in labelled('q', UNSAFE, 'x', {'plain': str, 'a': str})]
+  refused = [True, False, False, False, True, True]
+  plain, attack = findings(rows, refused)
+  assert (plain.estimate.n, plain.estimate.value) == (3, pytest.approx(1 / 3))
+  assert attack.estimate.value == pytest.approx(2 / 3) and attack.p == mcnemar(0, 1)
+
+
 def always(prompts, answers):
   """A judge."""
   return [True] * len(answers)
