@@ -9,8 +9,8 @@ Each line of questions.jsonl is {"prompt": ..}, a text or messages, with whateve
 reads: the one here, configs/rewards/arithmetic.py, wants "answer". Model, tokenizer and chat
 template are those of config.init. A rollout is data.batch_size x objective.minibatches answers,
 objective.group to a prompt. Others of the family: --config.objective.variant=dr_grpo, dapo, rloo,
-gspo (objectives/policy.py). Cost and score depend on the model; docs/alignment.md has a run that
-takes two minutes on two cores.
+gspo (objectives/policy.py). Cost and score depend on the model; docs/alignment.md shows what a
+small one learns.
 """
 
 from data.config import CleanConfig, DataConfig, SourceConfig

@@ -26,6 +26,33 @@ OTHERS = (
   'notebooks/generate.ipynb',
 )
 COMMANDS = ('train.py', 'generate.py', 'evaluate.py', 'plan.py')
+# Those that take arguments: what each is asked with beside --help.
+OTHER_COMMANDS = {
+  'serve.py': ('',),
+  'evaluate.py': (
+    'compare',
+    'rate',
+    'bias',
+    'safety',
+    'contamination',
+    'memorisation',
+    'canaries',
+    'knowledge',
+    'card',
+  ),
+  'convert.py': (
+    '',
+    'import',
+    'export',
+    'inspect',
+    'merge',
+    'rebase',
+    'quantise',
+    'prune',
+    'judge',
+    'seal',
+  ),
+}
 MARK = re.compile(r'<!-- generated: (\w+)[^>]*-->')
 
 
@@ -46,13 +73,11 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def flags() -> str:
-  """The flags of the commands that have a config, and the arguments of convert.py."""
+  """The flags of the commands that have a config, and the arguments of the others."""
   parts = []
   for command in COMMANDS:
     parts += [f'## {command}', _table(('flag', 'type', 'default', ''), _flags(command))]
-  others = [('evaluate.py', name) for name in ('compare', 'rate', 'bias', 'safety')]
-  others += [('convert.py', name) for name in ('', 'import', 'export', 'inspect', 'seal')]
-  for command, name in others:
+  for command, name in ((c, name) for c, names in OTHER_COMMANDS.items() for name in names):
     said = _run(command, *filter(None, [name]), '--help')
     parts += [f'## {command} {name}'.rstrip(), f'```text\n{said.strip()}\n```']
   return '\n\n'.join(parts)

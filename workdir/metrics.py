@@ -30,7 +30,8 @@ KEYS = {
   'step': ('steps', 'of the line; every line has it'),
   'loss': (
     'nats a token',
-    'of training: the mean over what the objective predicts, without z-loss',
+    'of training: the mean over what the objective predicts, without z-loss; of objectives that '
+    'predict no tokens what they minimise, in their own unit',
   ),
   'accuracy': ('0 to 1', 'share of the predicted tokens that no other token outscores'),
   'predicted_tokens': ('tokens', 'that were predicted in a step'),
@@ -45,7 +46,8 @@ KEYS = {
   'router_z_loss': ('nats a token', "the routers' z-loss, as it is added to the loss"),
   'validation_loss': (
     'nats a token',
-    'of an evaluation; the best checkpoint has the lowest; followed by / and the name of a source, '
+    'of an evaluation; the best checkpoint has the lowest, unless train.best names another '
+    'number; followed by / and the name of a source, '
     'where there are several, of what is held out of it',
   ),
   'validation_accuracy': ('0 to 1', 'the same share of what was held out; not of next_token'),

@@ -1,6 +1,7 @@
 """Flan-T5 XL (T5 1.1): 2,849,757,184 parameters.
 
-    python train.py --config=configs/models/flan_t5_xl.py --workdir=runs/flan_t5_xl
+    python train.py --config=configs/models/flan_t5_xl.py \\
+      --config.objective.kind=span_corruption --workdir=runs/flan_t5_xl
 
 Sizes: the config.json that Google released; arXiv:2210.11416. What training does with them are
 Tandem's defaults, not the authors' recipe. The tokenizer is read from tokenizers/flan_t5_xl (a
