@@ -286,9 +286,12 @@ def check_tasks() -> None:
 
 def opened() -> tuple[Generator, dict]:
   """The model of the flags, and what results say of it."""
-  step = step_of(Checkpoints(WORKDIR.value), CHECKPOINT.value)
+  checkpoints = Checkpoints(WORKDIR.value)
+  step = step_of(checkpoints, CHECKPOINT.value)
   model = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
-  return model, {'workdir': WORKDIR.value, 'step': step, 'weights': WEIGHTS.value}
+  # Another model may be at the same step of the same directory.
+  of = {'workdir': WORKDIR.value, 'step': step, 'digest': checkpoints.reference(step)['digest']}
+  return model, of | {'weights': WEIGHTS.value}
 
 
 def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:

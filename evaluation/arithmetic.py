@@ -36,6 +36,23 @@ def value(text: str) -> fractions.Fraction:
   return _value(parsed, expression)
 
 
+def agree(one: str, other: str) -> bool:
+  """Whether the last numbers of two texts are one: '25%' is 1/4, and, beside a text that leaves the
+  unit out, 25.
+  """
+  first, second = (_readings(text) for text in (one, other))
+  if len(first) == len(second):
+    return first[:1] == second[:1] != []
+  return bool({*first} & {*second})
+
+
+def _readings(text: str) -> list[fractions.Fraction]:
+  number = last_number(text)
+  if number is None:
+    return []
+  return [number, number * 100] if NUMBER.findall(text)[-1].endswith('%') else [number]
+
+
 def last_number(text: str) -> fractions.Fraction | None:
   """The last number that a text names; None where it names none, or one of too many digits."""
   named = NUMBER.findall(text[-LENGTH * 10 :])

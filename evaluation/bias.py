@@ -8,6 +8,7 @@ A number is of these sentences and this model, and no proof that it is fair else
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
@@ -98,9 +99,12 @@ def gaps_of_groups(
   """
   found, gaps, ps = [], [], []
   for category, of in _by_category(answered, every=False):
-    groups: dict[str, dict[str, bool]] = {}
+    groups: dict[str, dict[tuple, bool]] = {}
+    times = collections.Counter()
     for each in of:
-      groups.setdefault(each.row['group'], {})[each.row['pair']] = each.right
+      group, pair = each.row['group'], each.row['pair']
+      groups.setdefault(group, {})[pair, times[group, pair]] = each.right
+      times[group, pair] += 1
     for group, right in sorted(groups.items()):
       found.append(Finding(category, f'right: {group}', wilson(sum(right.values()), len(right))))
     for one, other in itertools.combinations(sorted(groups), 2):

@@ -26,15 +26,22 @@ READ = 1 << 2 | 1 << 3  # of files, of directories
 RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 NO_NEW_PRIVILEGES = 38  # of prctl
 
-# Of the events of sys.audit those by which a program leaves its process.
+# Of the events of sys.audit those by which a program leaves its process, or changes files in ways
+# that Landlock does not know (its oldest version neither how one is cut).
 REFUSED = (
   'ctypes.',
+  'os.chmod',
+  'os.chown',
   'os.exec',
   'os.fork',
   'os.kill',
   'os.posix_spawn',
+  'os.removexattr',
+  'os.setxattr',
   'os.spawn',
   'os.system',
+  'os.truncate',
+  'os.utime',
   'pty.spawn',
   'resource.',
   'signal.pthread_kill',

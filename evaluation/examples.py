@@ -27,6 +27,9 @@ from evaluation.task import (
   rows_of,
 )
 
+# The field of a row that says whether it may be answered (evaluation/safety.py): no answer itself.
+SAFETY = 'safety'
+
 
 @dataclasses.dataclass(frozen=True)
 class Manner:
@@ -77,6 +80,8 @@ def ways(task: Task, shots: Sequence[int]) -> tuple[list[int], list[int]]:
   """
   shows = isinstance(task.kind, Classification | Generate) or bool(task.prompt)
   shows = shows and not isinstance(task.kind, Perplexity)
+  # What is right there is a label, and no answer.
+  shows = shows and (task.target or getattr(task.kind, 'references', '') != SAFETY)
   fit = [k for k in dict.fromkeys(shots) if shows or not k]
   if not fit:
     raise ValueError(

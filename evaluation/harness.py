@@ -286,11 +286,13 @@ def _written(results, version, settings, of, output) -> list[list[str]]:
       metric, _, way = key.partition(',')
       if way and not metric.endswith('_stderr') and isinstance(value, int | float):
         metrics[key] = estimated(value, metric, way, samples, settings.seed)
-        rows.append([name, key, shown(metrics[key]), str(len(samples))])
+        rows.append([name, key, shown(metrics[key]), str(metrics[key]['n'])])
     documents = {json.dumps(sample['arguments'], default=str) for sample in samples}
     digest = hashlib.blake2b(''.join(sorted(documents)).encode(), digest_size=16).hexdigest()
     version_of = results['versions'].get(name)
-    tasks[name] = {'n': len(samples), 'metrics': metrics, 'prompts': digest, 'version': version_of}
+    # Of each document there is a sample for every filter.
+    n = len({sample['doc_id'] for sample in samples})
+    tasks[name] = {'n': n, 'metrics': metrics, 'prompts': digest, 'version': version_of}
     lines = (json.dumps(finite(sample), default=str) + '\n' for sample in samples)
     files.replace(output / f'lm_eval-{name}.jsonl', ''.join(lines))
   said = {'lm_eval': version, **of, 'settings': dataclasses.asdict(settings), 'tasks': tasks}

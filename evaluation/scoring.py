@@ -6,6 +6,7 @@ of `Scorer.block`, so that an evaluation that was interrupted goes on with the s
 """
 
 import abc
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -180,6 +181,7 @@ class Labelling(Scorer):
   def __init__(self, model, task, manner, asked):
     self._template = Template.read(task.kind.template)
     super().__init__(model, task, manner, asked)
+    _check_unasked(task, manner, 'whose template is all that is said')
     self._asking = asking_of(model, self._template)
     self._free = None
     for each in asked:
@@ -220,10 +222,21 @@ class Labelling(Scorer):
     return chance_of(self.task, [len(self._template.labels)])
 
 
+def _check_unasked(task: Task, manner: Manner, why: str) -> None:
+  """Raises ValueError for what would stand before questions, where nothing does."""
+  for name, said in (('--system', manner.system), ('instruction', task.instruction)):
+    if said:
+      raise ValueError(f'{name}={said!r} is not of a {type(task.kind).__name__}, {why}')
+
+
 class Foretelling(Scorer):
   """Of a Perplexity: log-probabilities of all tokens of each text."""
 
   block = 16
+
+  def __init__(self, model, task, manner, asked):
+    super().__init__(model, task, manner, asked)
+    _check_unasked(task, manner, 'which is of texts as they are')
 
   def scores(self, asked):
     contexts, behind, texts = [], [], []
@@ -298,7 +311,11 @@ class Writing(Scorer):
     # What was written before counts in what metrics say of themselves: how many references.
     for each in {len(each.references): each for each in self.asked[:first]}.values():
       self._stats(each, '', dict(each.row) | {'samples': self.task.kind.samples, 'passed': 0})
-    written = writing.answers(self.model, self._ids, self.task.kind, self.manner.seed, first)
+    kind = self.task.kind
+    if self.manner.chat and kind.program:
+      # A chat may write a program whole, and about it: what of that is one `program` finds.
+      kind = dataclasses.replace(kind, stops=())
+    written = writing.answers(self.model, self._ids, kind, self.manner.seed, first)
     for i, answers in enumerate(written, first):
       each = self.asked[i]
       line = {'i': i, 'place': each.place, 'digest': each.digest, 'prompt': each.prompt}

@@ -76,7 +76,8 @@ class Generate:
     extract: what of an answer is judged, by its text; default: all but white space around it.
     passed: (answer, row) -> whether it is right, for pass@k.
     program: the same by a program of Python: (answer, row) -> one that ends without an error where
-      it is right. It runs where evaluate.py --run_programs says.
+      it is right. It runs where evaluate.py --run_programs says, and gets a chat's answers whole,
+      which no stops end.
   """
 
   references: str = ''

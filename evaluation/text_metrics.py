@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 import names
-from evaluation.arithmetic import last_number
+from evaluation.arithmetic import agree, last_number
 from evaluation.refusals import refuses
 from evaluation.words import split_words, split_words_and_signs
 
@@ -217,7 +217,7 @@ class NumberMatch(Mean):
     if None in numbers:
       text = references[numbers.index(None)]
       raise ValueError(f'{self.name}: the reference {text[-60:]!r} names no number; leave it out')
-    return float(last_number(answer) in numbers)
+    return float(any(agree(answer, text) for text in references))
 
 
 class Distinct(Metric):

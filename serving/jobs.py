@@ -60,6 +60,9 @@ class Jobs:
     Raises QueueFull.
     """
     with self._lock:
+      for gone in [waiting for waiting in self._waiting if waiting.result.cancelled()]:
+        gone.job.close()
+        self._waiting.remove(gone)
       if len(self._waiting) >= self._limits.waiting:
         self.refused += 1
         raise QueueFull(

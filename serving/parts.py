@@ -11,7 +11,7 @@ to them. What is no whole call, as where max_tokens has cut it off, stays text.
 import dataclasses
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from data.chat import ChatTemplate
@@ -226,13 +226,19 @@ def made_call(said: Any, key: str, names: tuple[str, ...]) -> dict | None:
   arguments = said.get(key)
   if not isinstance(arguments, dict):
     return None
-  function = {'name': said['name'], 'arguments': json.dumps(arguments, ensure_ascii=False)}
+  try:
+    # 1e999 is no number, and half a surrogate no text: such a call stays what was written.
+    written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    written.encode()
+  except ValueError:
+    return None
+  function = {'name': said['name'], 'arguments': written}
   return {'id': f'call_{secrets.token_hex(12)}', 'type': 'function', 'function': function}
 
 
-def call_form(template: ChatTemplate | None) -> str:
+def call_form(template: ChatTemplate | None, control: Container[str] = ()) -> str:
   """How a template has its model call tools: as it writes a call that is there; '' for none that
-  can be read.
+  can be read. control: names of tokens that are in no text.
   """
   if template is None or 'tools' not in template.source:
     return ''
@@ -246,7 +252,7 @@ def call_form(template: ChatTemplate | None) -> str:
     return ''
   marked = Parted(ChatManner(calls=MARKED, names=('weather',))).add(written, last=True).calls
   if marked:
-    return MARKED
+    return '' if any(mark in control for mark in CALL) else MARKED
   for place, character in enumerate(written):
     if character == '{':
       value, _ = next(_values(written[place:]), (None, 0))

@@ -33,7 +33,7 @@ class Reader:
     if service.tokenizer.chat_templates:
       self.template = ChatTemplate.of(service.tokenizer)
     self._thinks = parts.thinks(served.reasoning, self.template, service.tokenizer)
-    self._call_form = parts.call_form(self.template)
+    self._call_form = parts.call_form(self.template, service.tokenizer.control_ids())
 
   @property
   def models(self) -> list[str]:

@@ -335,7 +335,9 @@ class Scheduler:
   def _note_read(self, row: int, sample: RowCall) -> None:
     cached, prompt = self._engine.cached(row), sample.request.tokens
     if sample.index == sample.ticket.call.samples[0]:
-      sample.ticket.usage.cached = cached
+      # What an adapter has before every prompt is no part of a request's.
+      usage, more = sample.ticket.usage, max(0, prompt - sample.ticket.usage.prompt)
+      usage.cached = min(max(0, cached - more), usage.prompt)
     self._counts.update(hit=cached, queried=prompt, prompt=prompt - cached)
 
   def _next_chunk(self) -> _Ahead | None:

@@ -109,9 +109,20 @@ class AskedCall:
     return self.calls[0].options.seed
 
 
+# Beyond these a score, times or over one for each token, may be no number of 32 bits any more.
+BOUNDS = {
+  'repetition_penalty': (0.01, 100.0),
+  'presence_penalty': (-100.0, 100.0),
+  'frequency_penalty': (-100.0, 100.0),
+}
+
+
 def _law(name: str) -> Check:
   """Of a number that the law of sampling reads."""
   row = TABLE[name]
+  if name in BOUNDS:
+    low, high = BOUNDS[name]
+    return number(f'must be in [{low:g}, {high:g}]', lambda x: low <= x <= high)
   if row.type.__name__.startswith(('int', 'uint')):
     return whole(0, LAST if name == 'top_k' else 2**32 - 1)
   return number(row.range.must, row.range.holds)

@@ -161,7 +161,8 @@ class Checkpoints:
       if record['step'] != step:
         raise ValueError(f'it is of step {record["step"]}, under another name')
       return record
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError) as error:
+      # Where a disk or a bucket does not answer nothing is known, and no checkpoint is given up.
       raise ValueError(f'{path} is damaged: {error}') from error
 
   def amend(self, step: int, values: dict) -> None:

@@ -5,11 +5,10 @@ expression of numbers such as "3 * (17 - 5)", or a text that ends in "#### 36", 
 (evaluation/arithmetic.py).
 """
 
-from evaluation.arithmetic import last_number, value
+from evaluation.arithmetic import agree, last_number, value
 
 
 def reward(text: str, record: dict) -> float:
   """1 or 0. Raises ValueError for a record whose `answer` is no number."""
   expected = value(str(record['answer']).rpartition('####')[2])
-  given = last_number(text)
-  return float(given is not None and given == expected)
+  return float(last_number(text) == expected or agree(text, str(expected)))

@@ -18,11 +18,17 @@ def program(answer: str, row: dict) -> str:
   all of it, perhaps in a block of code.
   """
   block = FENCED.search(answer)
-  code = block[1] if block else answer
+  code = block[1] if block else _until_another(answer)
   whole = re.search(rf'^def {re.escape(row["entry_point"])}\(', code, re.MULTILINE)
   # What the header imports, a function that is whole may need, too.
   code = f'{row["prompt"]}    pass\n\n{code}' if whole else row['prompt'] + code
   return f'{code}\n\n{row["test"]}\n\ncheck({row["entry_point"]})\n'
+
+
+def _until_another(answer: str) -> str:
+  """Without what follows the function, where a chat went on (else its stops ended it)."""
+  ends = [answer.find(stop) for stop in STOPS]
+  return answer[: min((end for end in ends if end >= 0), default=len(answer))]
 
 
 def get_task() -> Task:

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from configs.rewards import arithmetic, brackets, matches
-from evaluation.arithmetic import last_number, value
+from evaluation.arithmetic import agree, last_number, value
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,22 @@ def test_rewards_of_the_configs():
     matches.reward('x', {'pattern': '('})
   balanced = [brackets.reward(text, {'prompt': '(['}) for text in ('])', '])()', ')]', ']', '])x')]
   assert balanced == [1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+  'one, other, same',
+  [
+    ('Therefore 25%.', '#### 25', True),
+    ('Therefore 0.25', '#### 25', False),
+    ('25', '#### 25%', True),
+    ('0.25', '#### 25%', True),
+    ('2500%', '#### 25%', False),
+    ('2500%', '#### 25', True),
+    ('none', 'none', False),
+    ('250%', '#### 25', False),
+  ],
+)
+def test_a_percentage_is_one_with_its_unit_left_out(one, other, same):
+  assert agree(one, other) == agree(other, one) == same
+  if '%' not in other and same is not None and other != 'none':
+    assert arithmetic.reward(one, {'answer': other}) == float(same)

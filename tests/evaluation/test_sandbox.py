@@ -103,6 +103,9 @@ def test_files_network_and_processes_are_out_of_reach(tmp_path):
     f'open({str(tmp_path / "more")!r}, "w")',
     f'import os; os.remove({str(mine)!r})',
     f'import os; os.listdir({str(tmp_path)!r})',
+    f'import os; os.chmod({str(mine)!r}, 0)',
+    f'import os; os.truncate({str(mine)!r}, 0)',
+    f'import os; os.utime({str(mine)!r})',
     'import socket; socket.socket()',
     'import subprocess; subprocess.run(["true"])',
     'import os; os.system("true")',
@@ -157,7 +160,8 @@ def test_the_solutions_of_humaneval_pass_and_others_do_not(shared_data):
   for i, row in enumerate(map(json.loads, lines)):
     right = row['canonical_solution']
     whole = f'Here it is:\n```python\n{row["prompt"]}{right}```\nIt works.'
-    answer = whole if i % 2 else right
+    # A chat may go on behind a function that is in no block.
+    answer = whole if i % 2 else f'{right}\n# It works.\nprint(' if i % 3 else right
     assert sandbox.fault(humaneval.program(answer, row)) == '', row['task_id']
     if not i % 8:
       assert sandbox.fault(humaneval.program('    return None\n', row)), row['task_id']

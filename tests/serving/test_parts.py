@@ -52,6 +52,11 @@ READ = [
   (dict(calls=BARE, several=False), f'{LLAMA_F};{LLAMA_G}', ('', LLAMA_G, 'f')),
   (dict(calls=BARE), '{"name": "f", "parameters": {"x": NaN}}',
    ('', '{"name": "f", "parameters": {"x": NaN}}', '')),
+  # No number of JSON, and no text of UTF-8.
+  (dict(calls=BARE), '{"name": "f", "parameters": {"x": 1e999}}',
+   ('', '{"name": "f", "parameters": {"x": 1e999}}', '')),
+  (dict(calls=BARE), '{"name": "f", "parameters": {"x": "\\ud83d"}}',
+   ('', '{"name": "f", "parameters": {"x": "\\ud83d"}}', '')),
   (dict(calls=BARE, thinks=True), f'<think>a</think>\n{LLAMA_F}', ('a', '', 'f')),
   (dict(calls=FORCED), f'[{F}, {G}]', ('', '', 'fg')),
   (dict(calls=FORCED), F, ('', '', 'f')),
@@ -125,6 +130,8 @@ def test_how_calls_are_written_is_what_a_template_writes():
   sources = [QWEN, LLAMA, XML, '{{ messages[0].content }}', QWEN.replace('tools', 'utensils')]
   assert [call_form(ChatTemplate(each)) for each in sources] == [MARKED, BARE, '', '', '']
   assert call_form(None) == ''
+  marked = ChatTemplate(sources[0])
+  assert call_form(marked, ['<tool_call>']) == '', 'whose text never has the mark'
 
 
 class Templated(ByteTokenizer):
