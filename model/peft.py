@@ -116,7 +116,7 @@ def _low_rank(adapter, config, network, family) -> tuple[dict[str, np.ndarray], 
     raise NotImplementedError('PEFT has one fan_in_fan_out for all modules, and these are of both')
   settings = {
     'peft_type': 'LORA',
-    'task_type': 'CAUSAL_LM' if network.causal else 'FEATURE_EXTRACTION',
+    'task_type': peft_soft.task_of(network),
     'base_model_name_or_path': None,
     'r': config.rank,
     'lora_alpha': config.alpha,
@@ -172,7 +172,8 @@ def read(
       'as safetensors (PEFT does since 0.6)'
     )
   given = _given(directory / SETTINGS)
-  if given.get('peft_type') in peft_soft.KINDS:
+  kind = given.get('peft_type')
+  if isinstance(kind, str) and kind in peft_soft.KINDS:
     soft = TensorFiles(directory, TENSORS)
     return peft_soft.read(given, soft, network, directory / SETTINGS)
   config = _settings(given, directory / SETTINGS)

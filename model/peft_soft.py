@@ -44,6 +44,13 @@ SIZES = {
 }
 
 
+def task_of(network: ModelConfig) -> str:
+  """What PEFT calls what such a model is for."""
+  if network.encoder_layers:
+    return 'SEQ_2_SEQ_LM'
+  return 'CAUSAL_LM' if network.causal else 'FEATURE_EXTRACTION'
+
+
 def written(
   adapter: Mapping[str, Mapping[str, np.ndarray]], config: AdapterConfig, network: ModelConfig
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -61,10 +68,9 @@ def written(
     # [P, L, 2, K, H]: a layer's keys, then its values.
     pairs = np.stack([by_layer[layer] for layer in range(network.L)], 1)
     rows, heads = pairs.reshape(len(pairs), -1), network.K
-  decoder = 'CAUSAL_LM' if network.causal else 'FEATURE_EXTRACTION'
   settings = {
     'peft_type': next(name for name, kind in KINDS.items() if kind == config.kind),
-    'task_type': 'SEQ_2_SEQ_LM' if network.encoder_layers else decoder,
+    'task_type': task_of(network),
     'base_model_name_or_path': None,
     'inference_mode': True,
     'num_virtual_tokens': config.tokens,

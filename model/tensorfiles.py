@@ -104,7 +104,9 @@ class TensorFiles:
   def read(self, name: str, start: int, stop: int) -> np.ndarray:
     """Rows `start` to `stop` of a tensor's first dimension."""
     tensor = self.tensors[name]
-    dtype, row = (DTYPES | CODES)[tensor.kind], math.prod(tensor.shape[1:])
+    if tensor.kind not in (known := DTYPES | CODES):
+      raise ValueError(f'{tensor.path}: {name} is of {tensor.kind}; known: {", ".join(known)}')
+    dtype, row = known[tensor.kind], math.prod(tensor.shape[1:])
     rows = np.empty((stop - start, *tensor.shape[1:]), dtype)
     read_into(tensor.path, tensor.offset + start * row * dtype.itemsize, rows, name)
     return rows

@@ -26,7 +26,6 @@ DEFAULTS = dict(
   layer_norm_epsilon=1e-6,
   feed_forward_proj='relu',
   tie_word_embeddings=True,
-  n_positions=0,
 )
 
 
@@ -65,11 +64,11 @@ def config(hf: dict) -> ModelConfig:
     relative_buckets=keys('relative_attention_num_buckets'),
     relative_distance=keys('relative_attention_max_distance'),
     attention_scale=1.0,
-    max_length=keys('n_positions'),
     tie_embeddings=keys('tie_word_embeddings'),
     logit_scale=width**-0.5 if keys('scale_decoder_outputs') else 1.0,
   )
-  keys.close('output_past')
+  # Of `n_positions` no T5 makes anything: distances are in buckets.
+  keys.close('output_past', 'n_positions')
   return network
 
 

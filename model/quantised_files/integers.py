@@ -58,7 +58,8 @@ class _Packed:
     words, outputs = _two(self.tensor.shape, name, found)
     index = f'{module}.g_idx'
     if index in found.files.tensors:  # tells of a matrix's own bits, where settings are of most
-      inputs = found.place(index, ('I32',)).shape[0]
+      shape = found.place(index, ('I32',)).shape
+      inputs = shape[0] if len(shape) == 1 else 0
       bits = words * 32 // inputs if inputs else 0
       if bits not in (2, 3, 4, 8) or bits * inputs != words * 32:
         raise ValueError(
@@ -68,12 +69,22 @@ class _Packed:
     self.bits, self.shape = bits, (outputs, words * 32 // bits)
     scales = found.place(f'{module}.scales', FLOATS, name)
     groups = scales.shape[0] if scales.shape else 0
-    if not groups or scales.shape != (groups, outputs) or self.shape[1] % groups:
+    if not groups or scales.shape != (groups, outputs):
       raise ValueError(
         f'{found.files.directory}: {module}.scales is {list(scales.shape)}, no groups of the '
         f'{self.shape[1]} inputs and {outputs} outputs of {name}'
       )
-    self.groups = groups
+    self.groups, self.size = groups, self.shape[1] // groups
+    size = settings.get('group_size') or self.shape[1]
+    if index not in found.files.tensors:
+      whole_number('group_size', abs(size) if isinstance(size, int) else size)
+      self.size = size if size > 0 else self.shape[1]
+      if groups != -(-self.shape[1] // self.size):
+        raise ValueError(
+          f'{found.files.directory}: {module}.scales is {list(scales.shape)}, and {self.shape[1]} '
+          f'inputs in groups of {self.size} (quantization_config.group_size) are '
+          f'{-(-self.shape[1] // self.size)}'
+        )
     self.zeros = found.shaped(
       f'{module}.qzeros', ('I32',), (groups, -(-outputs * bits // 32)), of=name
     )
@@ -96,7 +107,7 @@ class _Packed:
 
   def index(self) -> np.ndarray:
     """The group of each input."""
-    plain = np.arange(self.shape[1]) // (self.shape[1] // self.groups)
+    plain = np.arange(self.shape[1]) // self.size
     name = f'{self.module}.g_idx'
     if name not in self.found.files.tensors:
       return plain

@@ -71,6 +71,8 @@ def outgoing(
       continue
     if in_codes != {True} or not linear or rest or len(shares[0].layout.shape) != 2:
       raise _refused(name, 'is no matrix of a linear layer that lies in codes as a whole')
+    if any(_inputs_first(share) for share in shares):
+      raise _refused(name, 'has its inputs first: no linear layer in transformers, but a Conv1D')
     schemes = {rule_of(share.leaf, params[share.leaf], rules)[1] for share in shares}
     if len(schemes) > 1:
       raise _refused(name, 'is of parts in several schemes')
@@ -119,6 +121,12 @@ def _settings(groups: dict, plain: list[str]) -> dict:
     'ignore': plain,
     'kv_cache_scheme': None,
   }
+
+
+def _inputs_first(share) -> bool:
+  """Whether a matrix lies as GPT-2's do; tables have one order everywhere."""
+  first, ours = share.layout.groups[0], share.layout.here
+  return not share.leaf.endswith('.tokens') and {*ours[: len(first)]} == {*first}
 
 
 def _targets(modules: list[str], others: set[str]) -> list[str]:

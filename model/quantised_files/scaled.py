@@ -79,13 +79,21 @@ def compressed_tensors(settings: dict, found: Found) -> None:
   found.used &= {*found.files.tensors}
 
 
+ASIDE = ('sparsity_config', 'transform_config')
+
+
 def _refuse(settings: dict) -> None:
   """Raises NotImplementedError for what changes the numbers otherwise."""
   status = settings.get('quantization_status', 'compressed')
   known('quantization_status', status, ('compressed', 'frozen'))
-  sparsity = settings.get('sparsity_config') or {}
+  sparsity, transforms = (
+    {} if (x := settings.get(name)) in (None, [], {}) else x for name in ASIDE
+  )
+  for name, x in zip(ASIDE, (sparsity, transforms)):
+    if not isinstance(x, dict):
+      raise ValueError(f'quantization_config.{name}={x!r} is no object of JSON')
   known('sparsity_config.format', sparsity.get('format', 'dense'), ('dense',))
-  transforms = (settings.get('transform_config') or {}).get('config_groups') or {}
+  transforms = transforms.get('config_groups') or {}
   known('transform_config.config_groups', transforms, ({},))
 
 
@@ -96,9 +104,19 @@ def _group(module: str, groups: dict) -> dict:
     if target == module:
       return 0
     if isinstance(target, str) and target.startswith('re:'):
-      return 1 if re.match(target.removeprefix('re:'), module) else 9
+      try:
+        return 1 if re.match(target.removeprefix('re:'), module) else 9
+      except re.error as error:
+        raise ValueError(
+          f'quantization_config.config_groups has the target {target!r}, which is no regular '
+          f'expression: {error}'
+        ) from error
     return 2 if target == 'Linear' else 9
 
+  for group in groups.values():
+    targets = group.get('targets') if isinstance(group, dict) else None
+    if not isinstance(targets, list | None):
+      raise ValueError(f'quantization_config.config_groups has targets={targets!r}, no list')
   ranked = [
     (min(map(rank, group.get('targets') or ['Linear']), default=9), i, group)
     for i, group in enumerate(groups.values())

@@ -116,6 +116,7 @@ def test_short_names_only_where_they_mean_the_same(written, tmp_path):
     ({'lora_bias': True}, 'lora_bias=True'),
     ({'bias': 'all'}, "bias='all'"),
     ({'use_a_new_thing': 1}, 'use_a_new_thing=1 changes'),
+    ({'peft_type': ['LORA']}, r"peft_type=\['LORA'\]; supported: 'LORA'"),
     ({'peft_type': 'LOHA'}, "peft_type='LOHA'; supported: 'LORA'"),
     ({'r': '3'}, "r='3' and lora_alpha=6.0 must be numbers"),
     ({'use_dora': True}, 'lora_magnitude_vector is missing'),

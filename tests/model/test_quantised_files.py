@@ -622,6 +622,12 @@ DAMAGED = {
     lambda x: x[:-1],
     f'{AT}.qweight is .* no codes of the 63 inputs',
   ),
+  'gptq with an index that is a number': (
+    'gptq',
+    f'{AT}.g_idx',
+    lambda x: x[0],
+    f'{AT}.qweight is .* no codes of the 0 inputs',
+  ),
   'awq without scales': ('awq', f'{AT}.scales', GONE, f'{AT}.qweight .* has no {AT}.scales'),
   'awq with other zero points': ('awq', f'{AT}.qzeros', lambda x: x[:1], f'{AT}.qzeros is'),
   'nf4 without maxima': (
