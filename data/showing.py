@@ -5,15 +5,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data.prompts import Prompts
 from data.tokenizer import Tokenizer
 
 LEARNED, PLAIN = '\x1b[32m', '\x1b[0m'
 
 
 def examples(config, prepared, count: int) -> str:
-  """The first `count` examples that a run of this config trains on, control tokens by their names
-  or ids; green is what is learned.
+  """The first `count` examples that a run of this config trains on, or prompts that it answers,
+  control tokens by their names or ids; green is what is learned.
   """
+  if isinstance(prepared, Prompts):  # the rest of an example is written while it trains
+    first = [prepared.order(config.train.seed, i) for i in range(count)]
+    return '\n'.join(
+      f'--- prompt {number}: {len(prompt.ids)} tokens\n'
+      + _spelled(prepared.tokenizer, list(prompt.ids))
+      for number, prompt in enumerate(first, 1)
+    )
   batches = config.objective.batches(prepared, config.data, range(config.data.batch_size))
   shown, every = [], _examples(batches, config.model.causal)
   # Of a head, what is learned is the number of a label.

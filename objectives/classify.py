@@ -15,7 +15,7 @@ from data.batch import Batch, LabelBatch
 from data.labelled import OVER, LabelLoader, LabelValidation, LabelWriter
 from data.template import CLOZE, PREFIX, Asking, Template, form_of, with_mask
 from kernels import context
-from objectives.experts import EXPERTS, balance
+from objectives.experts import EXPERTS, balance, check_apart
 from objectives.next_token import NextToken, summed_loss
 from objectives.objective import MAIN
 from parallel import axes as ax
@@ -70,6 +70,7 @@ class Classify(NextToken, examples.Sequences):
         f'objective.form={self.form!r} is not how a model with model.causal={config.causal} and '
         f'model.encoder_layers={config.encoder_layers} is tuned to classify; {needed}'
       )
+    check_apart(config)
     if self.over == 'labels' and config.execution.pipeline.schedule == '1f1b':
       raise NotImplementedError(
         "objective.over='labels' with model.execution.pipeline.schedule='1f1b'; use 'gpipe', or "

@@ -7,6 +7,7 @@ A line of JSON comes in for each answer, {"text": .., "record": ..}, and one goe
 
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -34,12 +35,12 @@ def judged(function: Callable[[str, dict], float], text: str, record: dict) -> d
   """What goes out for an answer; whatever the function raises is told, not passed on."""
   try:
     score = function(text, record)
-  except Exception as error:
+    number = float(score) if hasattr(score, '__float__') else math.nan
+  except Exception as error:  # of a number beyond floats, of an array of several, too
     return {'error': f'{type(error).__name__}: {error}'}
-  number = isinstance(score, int | float) or hasattr(score, '__float__')
-  if not number or not abs(float(score)) <= MOST:
+  if not abs(number) <= MOST:
     return {'error': f'it returned {score!r}, which is no finite number of float32'}
-  return {'score': float(score)}
+  return {'score': number}
 
 
 def main(path: str) -> None:

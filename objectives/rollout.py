@@ -290,7 +290,10 @@ class Rollouts:
     settings = self._settings
     answers = self._next(models, groups)
     for _ in range(settings.resamplings):
-      counted = np.isfinite(answers.scores).reshape(-1, settings.group)
+      counted = np.isfinite(answers.scores)
+      if settings.masked:  # as `laid_out` counts
+        counted &= [written.ended for written in answers.written]
+      counted = counted.reshape(-1, settings.group)
       equal = advantage.equal_groups(answers.scores.reshape(-1, settings.group), counted)
       if not equal.any():
         break

@@ -7,8 +7,10 @@ from data import showing
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from objectives.denoise import MaskedLM, SpanCorruption
 from objectives.next_token import NextToken
+from objectives.policy import GRPO
 from objectives.seq2seq import Seq2Seq
 from objectives.sft import SFT
+from training.config import TrainConfig
 
 
 def config(tmp_path, source, **fields):
@@ -69,3 +71,17 @@ def test_documents_and_noise_are_shown_too(tmp_path):
   assert '<extra_id_0>' in source and '\x1b[32m<extra_id_0>' in target
   masked = shown(MaskedLM(), data, 1, causal=False)
   assert masked.count('[MASK]') + masked.count('<mask>') > 2 and '\x1b[32m' in masked
+
+
+def test_of_what_is_written_while_it_trains_prompts_are_shown(tmp_path):
+  path = tmp_path / 'prompts.jsonl'
+  path.write_text(''.join(json.dumps({'prompt': f'{i}+{i}='}) + '\n' for i in range(30)))
+  source = SourceConfig(kind='jsonl', path=str(path), format='prompt')
+  reward = ('configs/rewards/brackets.py',)
+  objective = GRPO(reward=reward, max_new_tokens=4, group=2)
+  data = config(tmp_path, source, sequence_length=24, validation_fraction=0.2)
+  prepared = objective.read(data, lambda line: None)
+  run = types.SimpleNamespace(objective=objective, data=data, train=TrainConfig())
+  lines = showing.examples(run, prepared, 3).split('\n')
+  assert [line.split(':')[0] for line in lines[::2]] == [f'--- prompt {n}' for n in (1, 2, 3)]
+  assert all(line.removeprefix('<s>').endswith('=') for line in lines[1::2])

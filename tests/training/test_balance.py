@@ -11,6 +11,7 @@ import pytest
 from data.preferences import ChoiceBatch
 from model import heads, router, transformer
 from model.config import MoEConfig
+from objectives.classify import Classify
 from objectives.classify_head import ClassifyHead
 from objectives.denoise import MaskedLM
 from objectives.distil import Distil
@@ -82,7 +83,7 @@ def test_a_schedule_of_one_loss_learns_from_all_tokens():
   pipeline = PipelineConfig(schedule='1f1b')
   decoder = tiny(model={'moe': MOE}).model.with_execution(pipeline=pipeline)
   encoder = dataclasses.replace(decoder, causal=False)
-  for objective, model in ((SFT(), decoder), (MaskedLM(), encoder)):
+  for objective, model in ((SFT(), decoder), (MaskedLM(), encoder), (Classify(), decoder)):
     with pytest.raises(NotImplementedError, match="'1f1b' knows one loss.*balance_loss=0.3"):
       objective.accepts({'policy': model})
   NextToken().accepts({'policy': decoder})

@@ -36,17 +36,17 @@ def test_what_gives_no_score_is_named_and_no_zero(tmp_path):
     '  print("noise")\n'
     '  if text == "raises": raise KeyError("gone")\n'
     '  if text == "exits": os._exit(3)\n'
-    '  odd = {"nan": math.nan, "text": "1", "none": None, "inf": math.inf, "1e39": 1e39}\n'
+    '  odd = {"nan": math.nan, "text": "1", "none": None, "inf": math.inf, "1e39": 1e39, "huge": 10**400}\n'
     '  return odd.get(text, 1)'
   )
-  texts = ['ok', 'raises', 'nan', 'exits', 'text', 'none', 'inf', '1e39', 'ok']
+  texts = ['ok', 'raises', 'nan', 'exits', 'text', 'none', 'inf', '1e39', 'huge', 'ok']
   made = judged(tmp_path, body, texts)
   assert np.isnan(made.each[0, 1:-1]).all() and made.each[0, [0, -1]].tolist() == [1, 1]
-  assert len(made.failures) == 7
+  assert len(made.failures) == 8
   for failure, text, why in zip(
     made.failures,
     texts[1:],
-    ('KeyError', 'nan', 'ended its process', "'1'", 'None', 'inf', '1e+39'),
+    ('KeyError', 'nan', 'ended its process', "'1'", 'None', 'inf', '1e+39', 'OverflowError'),
   ):
     assert 'asked.jsonl:7' in failure and repr(text) in failure and why in failure
 
