@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+import files
 import names
 from data import tokenizers
 from data.extra import same_ids
@@ -120,6 +121,8 @@ class OfRollouts(OfOwnText):
       raise ValueError(
         f'objective.reference={self.reference!r} would not be read: objective.beta=0; raise that'
       )
+    for reward in self.reward:
+      files.check_local('objective.reward', reward)
     if self.reward_weights and len(self.reward_weights) != len(self.reward):
       raise ValueError(
         f'objective.reward_weights={self.reward_weights} are not of the {len(self.reward)} entries '

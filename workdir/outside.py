@@ -19,8 +19,6 @@ def check(config: Config, workdir: str | os.PathLike) -> None:
   }
   for name, path in (places | read | {'data.tokenizer.path': config.data.tokenizer.path}).items():
     files.check_local(name, path, buckets=name != 'train.spill_dir', hub=name not in places)
-  for reward in getattr(config.objective, 'reward', ()):
-    files.check_local('objective.reward', reward)
   if config.train.offload_optimizer == 'disk' and files.remote(workdir):
     raise NotImplementedError(
       f"train.offload_optimizer='disk' copies files into checkpoints, and {workdir} is in a "

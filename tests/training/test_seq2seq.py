@@ -283,10 +283,10 @@ def test_costs_are_of_every_pair_apart(source):
   made = config(source)
   prepared = made.objective.read(made.data, lambda line: None)
   lengths = [(len(source) + 1, len(target) + 1) for source, target in PAIRS]
-  spent = sum(flops.pair_flops(made.model, *pair) for pair in lengths)
+  total = sum(flops.pair_flops(made.model, *pair) for pair in lengths)
   tokens = sum(map(sum, lengths))
   found = spent.flops_per_token(made, prepared.document_length)
-  assert found == pytest.approx(3 * spent / tokens)
+  assert found == pytest.approx(3 * total / tokens)
   # Of a plan that has read nothing, a pair fills its row.
   assert spent.flops_per_token(made) == pytest.approx(
     3 * flops.pair_flops(made.model, S, T) / (S + T)
