@@ -3,6 +3,7 @@ join as others end; over pipeline stages batches of the generator.
 """
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -52,14 +53,34 @@ def together(model: Generator, kind: Generate) -> int:
   return max(1, ROWS // kind.samples) if _stages(model) else 1
 
 
-def engine_of(model: Generator, prompt: int, new: int) -> Engine:
-  """For rows of prompts of at most so many tokens, and as many new ones."""
+# Of a model the engine that wrote last, and what it has room for: the next task of these sizes
+# compiles nothing.
+_spare: weakref.WeakKeyDictionary[Generator, tuple[Sizes, Engine]] = weakref.WeakKeyDictionary()
+
+
+def _taken(model: Generator, prompt: int, new: int) -> tuple[Sizes, Engine]:
+  """For rows of prompts of at most so many tokens, and as many new ones; nobody else has it."""
+  sizes = _sizes(model, prompt, new)
+  before, engine = _spare.pop(model, (None, None))
+  if before != sizes:
+    return sizes, _engine(model, sizes)
+  engine.reset()
+  return sizes, engine
+
+
+def _given_back(model: Generator, sizes: Sizes, engine: Engine) -> None:
+  """Where all that it wrote has ended; what it held takes no memory."""
+  engine.state = engine.rules = None
+  _spare[model] = sizes, engine
+
+
+def _sizes(model: Generator, prompt: int, new: int) -> Sizes:
   front, parts = model.plain, model.parts
   source, prompt = (prompt + len(front.soft), 1) if front.encoder else (0, prompt)
   prompt, ends = prompt + len(front.begins), generation.ends(model.tokenizer)
   capacity = min(front.positions or prompt + new, bucket(prompt + new))
   rows = max(1, min(ROWS, HELD // (capacity + source)) // parts) * parts
-  sizes = Sizes(
+  return Sizes(
     rows=rows,
     capacity=capacity,
     read_rows=max(1, rows // 4 // parts) * parts,
@@ -69,13 +90,16 @@ def engine_of(model: Generator, prompt: int, new: int) -> Engine:
     adapters=adapters(model.model),
     source=source,
   )
+
+
+def _engine(model: Generator, sizes: Sizes) -> Engine:
   return Engine(
     model.model.config,
     model.mesh,
     sizes,
     vocabulary=model.vocabulary,
     pad=model.tokenizer.pad,
-    virtual=len(front.soft),
+    virtual=len(model.plain.soft),
   )
 
 
@@ -105,7 +129,7 @@ def continued(
   if not due:
     return [done[i] for i in range(len(prompts))]
   # By the longest of all prompts, whichever are due: programs of one shape round alike.
-  engine = engine_of(model, max(map(len, prompts)), new)
+  sizes, engine = _taken(model, max(map(len, prompts)), new)
   ends = generation.ends(model.tokenizer)
 
   def requests() -> Iterator[Request]:
@@ -117,11 +141,12 @@ def continued(
     done[due[at]] = written
     if not written.broken:
       kept.add(due[at], written.ids)
+  _given_back(model, sizes, engine)
   return [done[i] for i in range(len(prompts))]
 
 
 def _continuous(model, prompts, kind, seed, first) -> Iterator[list[Reply]]:
-  engine = engine_of(model, max(map(len, prompts)), kind.max_new_tokens)
+  sizes, engine = _taken(model, max(map(len, prompts)), kind.max_new_tokens)
   ends = generation.ends(model.tokenizer)
   front = model.plain
   texts: dict[int, _Text] = {}
@@ -144,6 +169,7 @@ def _continuous(model, prompts, kind, seed, first) -> Iterator[list[Reply]]:
     while all(due + j in ended for j in range(kind.samples)):
       yield [ended.pop(due + j) for j in range(kind.samples)]
       due += kind.samples
+  _given_back(model, sizes, engine)
 
 
 class _Text:
