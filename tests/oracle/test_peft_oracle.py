@@ -26,7 +26,9 @@ TARGETS = {'gpt2': ['c_fc', 'mlp.c_proj']}
 
 def close(found, expected):
   scale = max(1, np.abs(expected).max())
-  np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * scale)
+  # f32, whose sums are in another order by the number of threads: 2.5e-5 was seen of Gemma 3, of
+  # another adapter or base 1e-2 of the scale and more.
+  np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5 * scale)
 
 
 def theirs_adapted(name, model, settings, directory):
