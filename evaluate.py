@@ -26,6 +26,7 @@ if __name__ == '__main__':
 
 import json
 import pathlib
+import re
 import sys
 import time
 
@@ -268,7 +269,7 @@ def check_tasks() -> None:
     raise ValueError(f'--lm_eval_path={LM_EVAL_PATH.value} is of --lm_eval; name tasks by that')
   if LM_EVAL.value and (DATA.value, CALIBRATION.value) != (DATA.default, CALIBRATION.default):
     raise ValueError('--data and --calibration are not of --lm_eval, whose files say both')
-  typed = [word for word in sys.argv[1:] if word.lstrip('-').startswith('config')]
+  typed = [word for word in sys.argv[1:] if re.match(r'--?config([.=]|$)', word)]
   if (TASKS.value or LM_EVAL.value) and typed:
     raise ValueError(
       f'{typed[0]} is of classification and rewards: tasks, and the run, say how they are asked'

@@ -54,9 +54,12 @@ def attention(
   total = weights.sum(-1, keepdims=True)
   if scoring.sinks is not None:
     total = total + jnp.exp(sink - top)
-  # The log-sum-exp in f32, before weights are rounded to the values' type.
-  lse = (top + jnp.log(total))[..., 0]
-  weights = weights / jnp.where(total > 0, total, 1.0)
+  # The log-sum-exp in f32, before weights are rounded to the values' type. Where nothing is seen,
+  # no sink either, the slope of log(0) would make a gradient of 0 NaN.
+  empty = total == 0
+  total = jnp.where(empty, 1.0, total)
+  lse = (top + jnp.where(empty, -jnp.inf, jnp.log(total)))[..., 0]
+  weights = weights / total
   if scoring.dropout is not None:
     weights = scoring.dropout.of_weights(weights)
   out = jnp.einsum('BKGTS,BSKH->BKGTH', weights.astype(v.dtype), v)

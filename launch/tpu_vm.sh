@@ -40,7 +40,8 @@ nohup .venv/bin/python train.py $flags >> train.log 2>&1 < /dev/null & echo \$! 
     remote 0 "tail -n 100 -F $directory/train.log"
     ;;
   stop)
-    remote 0 "kill -TERM \$(cat $directory/pid)"  # who tells the others
+    # Who tells the others. The number may be another program's by now.
+    remote 0 "pid=\$(cat $directory/pid) && if grep -qa train.py /proc/\$pid/cmdline; then kill -TERM \$pid; else echo 'train.py is not running' >&2; exit 1; fi"
     ;;
   *)
     echo "action '$action' is none of setup, train, log, stop" >&2

@@ -44,26 +44,33 @@ class _Lease:
 
   @property
   def lost(self) -> str:
-    """Why it is this process's no more; ''. A request that hangs is as bad as one that fails."""
-    if not self._lost and time.monotonic() - self._last > STALE / 2:
-      self._lost = f'it could not be renewed for {STALE / 2:.0f} s'
+    """Why it is this process's no more; ''. Where the thread's request hangs, or all of the process
+    was stopped, whoever asks looks itself: others wait twice as long before they take it over.
+    """
+    if not self._lost and self._overdue:
+      self._beat()
     return self._lost
 
+  @property
+  def _overdue(self) -> bool:
+    return time.monotonic() - self._last > STALE / 2
+
+  def _beat(self) -> None:
+    try:
+      held = _holder(self.place)
+      if held.get('mark') not in (self.mark, None):
+        self._lost = f'process {held.get("process")} on {held.get("host")} took it over'
+        return
+      with answering(self.place) as system:
+        system.pipe_file(self.place.path, content_of(self.mark))
+      self._last = time.monotonic()
+    except OSError as error:
+      if self._overdue:
+        self._lost = f'it could not be renewed for {STALE / 2:.0f} s: {error}'
+
   def _renew(self) -> None:
-    while not self._ended.wait(BEAT):
-      try:
-        held = _holder(self.place)
-        if held.get('mark') not in (self.mark, None):
-          self._lost = f'process {held.get("process")} on {held.get("host")} took it over'
-        if self.lost:
-          return
-        with answering(self.place) as system:
-          system.pipe_file(self.place.path, content_of(self.mark))
-        self._last = time.monotonic()
-      except OSError as error:
-        if self.lost:
-          self._lost += f': {error}'
-          return
+    while not self._lost and not self._ended.wait(BEAT):
+      self._beat()
 
 
 def content_of(mark: str, **more) -> bytes:

@@ -68,7 +68,7 @@ def _multiplied(config: Config, name: str) -> dict[str, float]:
   """Of each parameter how many numbers a token is multiplied with: of experts, of those that it
   goes to.
   """
-  moe = config.model.moe
+  moe = states.roles(config)[name].config.moe
   leaves = params.named_leaves(jax.eval_shape(lambda: states.new_model(config, name)))
 
   def share(leaf, x):

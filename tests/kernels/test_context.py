@@ -174,10 +174,6 @@ CASES = [
   ),
   ('ring', {'context': 4}, {'in_order': True, 'window': 10}),
   ('ring', {'context': 4}, {'causal': False, 'window': 5, 'segments': True}),
-  # Queries that see no key, of heads with a sink and without.
-  ('ring', {'context': 2}, {'positions': True, 'sinks': True, 'sinkless': [1, 2]}),
-  # Positions that are further apart than indices: a window as long as the row is one.
-  ('ring', {'context': 2}, {'positions': 5, 'window': T}),
   ('ring', {'context': 2}, {'relative': True, 'segments': True}),
   (
     'ring',
@@ -198,6 +194,16 @@ CASES = [
 def test_devices_that_share_a_row_are_one(strategy, sizes, features):
   with jax.enable_x64(True):
     check(strategy, sizes, **features)
+
+
+def test_a_window_as_long_as_the_row_is_one_where_positions_are_further_apart():
+  with jax.enable_x64(True):
+    check('ring', {'context': 2}, positions=5, window=T)
+
+
+def test_queries_that_see_no_key_of_heads_with_a_sink_and_without():
+  with jax.enable_x64(True):
+    check('ring', {'context': 2}, positions=True, window=2, sinks=True, sinkless=[1, 2])
 
 
 @pytest.mark.parametrize('strategy', ['ring', slow('gather')])

@@ -310,12 +310,14 @@ def test_tpu_vm_copies_what_git_tracks_as_it_is_now(tmp_path):
     return subprocess.run(['git', *arguments], cwd=checkout, check=True)
 
   git('init', '-q')
-  for name in ('train.py', 'a b.py', 'untracked.py'):
+  for name in ('train.py', 'a b.py', 'gone.py', 'untracked.py'):
     (checkout / name).write_text('old')
-  git('add', 'train.py', 'a b.py')
+  git('add', 'train.py', 'a b.py', 'gone.py')
   (checkout / 'train.py').write_text('new')
+  (checkout / 'gone.py').unlink()
+  (checkout / 'below').mkdir()
   environment = fakes(tmp_path, gcloud=f'if [ "$4" = scp ]; then cp "$5" {tmp_path}/sent.tgz; fi')
-  done = tpu_vm(environment, 'pod', 'setup', cwd=checkout)
+  done = tpu_vm(environment, 'pod', 'setup', cwd=checkout / 'below')
   assert done.returncode == 0, done.stderr
   scp, ssh = calls(tmp_path, 'gcloud')
   assert scp[:4] == ['compute', 'tpus', 'tpu-vm', 'scp'] and scp[5:] == [

@@ -226,16 +226,22 @@ def test_who_has_lost_a_lock_writes_nothing_more(bucket, monkeypatch):
   assert (run / 'lock').exists(), 'it is the other one\'s'
 
 
-def test_a_beat_that_hangs_loses_the_lock_and_anothers_stays(in_memory, monkeypatch):
-  """By the clock alone: a request that neither ends nor fails says nothing. And who ends before the
-  next beat leaves what another has put there.
+def test_who_was_not_heard_of_for_long_looks_before_it_writes(in_memory, monkeypatch):
+  """A thread whose request neither ends nor fails says nothing; a process that was stopped, and
+  whose lock nobody took, goes on. And who ends before the next beat leaves what another put there.
   """
   run = in_memory / 'run'
   with files.locked(run / 'lock', 'run', 'wait'):
-    assert not lease.lost(run)
-    now = time.monotonic()
-    with monkeypatch.context() as later:
-      later.setattr(lease.time, 'monotonic', lambda: now + lease.STALE / 2 + 1)
+    now, before = time.monotonic(), (run / 'lock').read_bytes()
+    monkeypatch.setattr(lease.time, 'monotonic', lambda: now + lease.STALE / 2 + 1)
+    assert not lease.lost(run) and (run / 'lock').read_bytes() != before, 'it was renewed'
+
+    def refuse(place):
+      raise OSError('no answer')
+
+    monkeypatch.setattr(lease.time, 'monotonic', lambda: now + lease.STALE + 2)
+    with monkeypatch.context() as broken:
+      broken.setattr(lease, '_holder', refuse)
       assert 'could not be renewed' in lease.lost(run)
     with pytest.raises(OSError, match='is not this process.s any more'):
       files.replace(run / 'config.json', '{}')
