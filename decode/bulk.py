@@ -77,15 +77,21 @@ def complete(
   over: whether a request has ended by what has come of it so far, as by a text; it is asked of each
     whenever there is more, once.
 
-  Requests are taken as rows become free for them, so that they need not all be there at once. Rows
-  are freed whenever one stops to listen. Raises as Engine.join, for a request that does not fit.
+  Requests are taken as rows become free for them, so that they need not all be there at once: as
+  many together as are read together, but for a quarter of the rows at most, since a call that reads
+  costs the same for fewer. Rows are freed whenever one stops to listen.
+
+  Raises as Engine.join, for a request that does not fit.
   """
   waiting = enumerate(requests)
+  sizes = engine.sizes
+  enough = max(1, min(sizes.read_rows, sizes.rows // 4))
   rows: dict[int, tuple[int, Request, Written]] = {}
   finished: collections.deque[tuple[int, Written]] = collections.deque()
   try:
     while True:
-      for row, (index, request) in zip(engine.free, waiting):
+      free = engine.free if not rows or len(engine.free) >= enough else ()
+      for row, (index, request) in zip(free, waiting):
         engine.join(row, request)
         fitted = engine.fitted(request)
         cut = fitted.max_new_tokens < request.max_new_tokens
@@ -97,7 +103,7 @@ def complete(
 
       # No more steps than the one that has most to write still needs.
       left = max(request.max_new_tokens - len(text.ids) for _, request, text in rows.values())
-      count = min(engine.sizes.steps, left)
+      count = min(sizes.steps, left)
       chunk = everywhere(engine.decode(weights, count))
       ended = []
       for row, (index, request, text) in rows.items():

@@ -121,21 +121,23 @@ def _grouped(model: LoadedModel, contexts, continuations) -> list[_Group]:
     for first in range(0, len(behind), ROWS)
   ]
   # Beside which they are filled up least: contexts of a bucket, by the longest of what follows.
-  return sorted(groups, key=lambda g: (_length(len(g.context), 0), g.longest, g.context))
+  return sorted(groups, key=lambda g: (length_of(len(g.context), 0), g.longest, g.context))
 
 
-def _rows(length: int, parts: int) -> int:
-  """How many rows of so many tokens are read side by side: a power of two for each part."""
+def side_by_side(length: int, parts: int) -> int:
+  """How many rows of so many tokens are read together: a power of two for each part."""
   held = CACHED * parts if mesh.platform() == 'cpu' else HELD
   fit = max(1, min(ROWS, held // length) // parts)
   return (1 << fit.bit_length() - 1) * parts
 
 
-def _length(tokens: int, limit: int) -> int:
-  """A bucket for contexts: powers of two, and what is half way between them from 128 on."""
+def length_of(tokens: int, limit: int, halves: int = 128) -> int:
+  """A bucket for texts: powers of two, and what is half way between them beyond `halves`; no more
+  than the limit, if that is not 0.
+  """
   least = bucket(tokens)
   half = least // 4 * 3
-  return min(half if tokens <= half and half > 128 else least, limit or sys.maxsize)
+  return min(half if tokens <= half and half > halves else least, limit or sys.maxsize)
 
 
 def _few(tokens: int) -> int:
@@ -154,17 +156,17 @@ def _whole(model: LoadedModel, groups: list[_Group]) -> Iterator[tuple[dict, tup
   ]
   flat.sort(key=lambda pair: (pair[0], len(pair[2]), pair[1]))
   while flat:
-    size = _rows(_length(flat[0][0], limit), model.parts)
+    size = side_by_side(length_of(flat[0][0], limit), model.parts)
     # Sorted, the last of a batch is the longest: longer ones make the batch smaller.
-    while size > model.parts and size > _rows(
-      _length(flat[min(size, len(flat)) - 1][0], limit), model.parts
+    while size > model.parts and size > side_by_side(
+      length_of(flat[min(size, len(flat)) - 1][0], limit), model.parts
     ):
       size //= 2
     if len(flat) < size and flat[-1][0] > LONG:
       size = max(model.parts, 1 << len(flat).bit_length() - 1)
     here, flat = flat[:size], flat[size:]
     B = min(size, bucket(-(-len(here) // model.parts), 1) * model.parts)
-    T = _length(here[-1][0], limit)
+    T = length_of(here[-1][0], limit)
     M = min(T, bucket(max(len(ids) for _, _, ids, _ in here), 8))
     tokens = np.full((B, T), model.tokenizer.pad, np.int32)
     targets, counts = np.zeros((B, M), np.int32), np.zeros(B, np.int32)
@@ -209,7 +211,7 @@ def _shared(model: LoadedModel, groups: list[_Group]) -> Iterator[tuple[dict, tu
     by_part = [[g for g, part in here if part == p] for p in range(parts)]
     B = bucket(max(map(len, by_part)), 1)
     M = _few(max(g.longest for g, _ in here))
-    T = _length(max(len(front.whole(g.context)) for g, _ in here), front.positions)
+    T = length_of(max(len(front.whole(g.context)) for g, _ in here), front.positions)
     filled = _laid(model, by_part, (B, rows // parts), T, M)
     pairs, tokens, lengths, at, targets, counts = filled
     source = None
@@ -232,7 +234,7 @@ def _together(groups: list[_Group], model: LoadedModel) -> tuple[list[tuple[_Gro
   used = [0] * parts  # rows of each part
   for group in groups:
     longest = max(longest, len(group.context) + group.longest)
-    most = max(_rows(longest, parts) // parts, bucket(len(group.behind), 1))
+    most = max(side_by_side(longest, parts) // parts, bucket(len(group.behind), 1))
     part = used.index(min(used))
     if here and max(used[part] + len(group.behind), *used) > most:
       break

@@ -28,14 +28,18 @@ import commands
 import files
 from data.classes import ids_of, within
 from data.tokenizer import in_utf8
+from decode.choices import length_of, side_by_side
 from decode.loaded import LoadedModel, bucket
 from evaluation.intervals import Estimate, summed
 from model import rearranged
 from model.transformer import Decoder
 from model.vocabulary import TOKENS
 from parallel import axes as ax
+from parallel.gathering import everywhere
 
-ROWS = 64  # pairs that are read side by side, at most
+HELD = 2**16  # tokens of texts whose states are held at a time, at most, but for a pair
+ROWS = 64  # pairs that are compared side by side, at most
+HALVES = 32  # tokens from which on texts are filled up to finer lengths than powers of two
 PARTS = ('precision', 'recall', 'f1')
 
 
@@ -126,39 +130,60 @@ class BertScore:
     return collections.defaultdict(lambda: math.log(n + 1), weights)
 
   def _batches(self, pairs, weights) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(places of pairs, their scores [.., 3]): pairs of about the same lengths side by side."""
-    model = self._loaded
-    groups = collections.defaultdict(list)
-    for p, (_, said, true) in enumerate(pairs):
-      groups[model.room(len(said)), model.room(len(true))].append(p)
-    for places in groups.values():
-      size = -(-min(ROWS, bucket(len(places), 1)) // model.parts) * model.parts
-      for first in range(0, len(places), size):
-        here = places[first : first + size]
-        rows = here + [here[-1]] * (size - len(here))  # that fill the batch up
-        sides = [[pairs[p][side] for p in rows] for side in (1, 2)]
-        scores = self._scored(*sides, weights)[: len(here)]
+    """(places of pairs, their scores [.., 3]): long ones first, those of about the same length side
+    by side. A text is read once for all pairs of a block that have it.
+    """
+    longest = [max(len(said), len(true)) for _, said, true in pairs]
+    order = sorted(range(len(pairs)), key=lambda p: (-longest[p], p))
+    while order:
+      count = max(1, HELD // (2 * self._length(longest[order[0]])))
+      block, order = order[:count], order[count:]
+      states = self._read({tuple(ids) for p in block for ids in pairs[p][1:]})
+      for first in range(0, len(block), ROWS):
+        here = block[first : first + ROWS]
+        rows = -(-bucket(len(here), 1) // self._loaded.parts) * self._loaded.parts
+        length = self._length(longest[here[0]])
+        sides = [
+          self._side([tuple(pairs[p][side]) for p in here], states, weights, (rows, length))
+          for side in (1, 2)
+        ]
+        with jax.set_mesh(self._loaded.mesh):
+          scores = np.array(everywhere(_matched(*sides)), np.float64)[: len(here)]
         for row, p in zip(scores, here):
           if min(map(len, pairs[p][1:])) <= self._around:
             row[:] = 0
         yield here, scores
 
-  def _scored(self, said, true, weights) -> np.ndarray:
-    """[B, 3] f64"""
-    model, arrays = self._loaded, []
-    for ids in (said, true):
-      tokens, lengths = model.padded(ids)
-      weighed = np.zeros(tokens.shape, np.float32)
-      for row, each in zip(weighed, ids):
-        row[: len(each)] = [weights[i] for i in each]
-      arrays.append([*map(model.put, (tokens, lengths, weighed))])
-    with jax.set_mesh(model.mesh):
-      states = [
-        _states(self._model, tokens, lengths, seq2seq=self._seq2seq)
-        for tokens, lengths, _ in arrays
-      ]
-      (_, T, w), (_, S, v) = arrays
-      return np.array(_matched(*states, T, S, w, v), np.float64)
+  def _length(self, tokens: int) -> int:
+    return length_of(tokens, self._loaded.plain.positions, HALVES)
+
+  def _read(self, texts: set[tuple[int, ...]]) -> dict[tuple[int, ...], np.ndarray]:
+    """[T, D] f32 hidden states of texts, of length 1."""
+    model, states = self._loaded, {}
+    due = sorted(texts, key=lambda ids: (-len(ids), ids))
+    while due:
+      T = self._length(len(due[0]))
+      here = due[: side_by_side(T, model.parts)]
+      due = due[len(here) :]
+      rows = -(-bucket(len(here), 1) // model.parts) * model.parts
+      tokens, lengths = np.full((rows, T), model.tokenizer.pad, np.int32), np.ones(rows, np.int32)
+      for row, ids in enumerate(here):
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+      with jax.set_mesh(model.mesh):
+        made = _states(self._model, model.put(tokens), model.put(lengths), seq2seq=self._seq2seq)
+        made = everywhere(made)
+      states |= {ids: made[row, : len(ids)] for row, ids in enumerate(here)}
+    return states
+
+  def _side(self, texts, states, weights, shape: tuple[int, int]):
+    """States, lengths and weights of one text of each pair, on the mesh."""
+    rows, length = shape
+    x = np.zeros((rows, length, states[texts[0]].shape[1]), np.float32)
+    lengths, weighed = np.ones(rows, np.int32), np.zeros((rows, length), np.float32)
+    for row, ids in enumerate(texts):
+      x[row, : len(ids)], lengths[row] = states[ids], len(ids)
+      weighed[row, : len(ids)] = [weights[i] for i in ids]
+    return tuple(map(self._loaded.put, (x, lengths, weighed)))
 
 
 def estimates(scores: Float[np.ndarray, 'n 3'], seed: int = 0) -> dict[str, Estimate]:
@@ -222,12 +247,13 @@ def _states(model, tokens: Int[jax.Array, 'B T'], lengths: Int[jax.Array, 'B'], 
 
 
 @jax.jit
-def _matched(said, true, T, S, said_weights, true_weights):
-  """[B, 3] of states [B, T, D] and [B, S, D], the first T and S [B] of each, and weights of tokens.
+def _matched(said, true):
+  """[B, 3] of two sides: states [B, T, D], how many of them are real [B], and weights [B, T].
 
   What padding would match is -inf, and not 0 as in bert-score, where a token that is like nothing
   gets more in company of longer texts.
   """
+  (said, T, said_weights), (true, S, true_weights) = said, true
   alike = jnp.einsum('BTD,BSD->BTS', said, true, precision='highest')
   there = jnp.arange(said.shape[1])[None] < T[:, None], jnp.arange(true.shape[1])[None] < S[:, None]
   best = (

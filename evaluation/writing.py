@@ -2,6 +2,7 @@
 join as others end; over pipeline stages batches of the generator.
 """
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
@@ -21,10 +22,12 @@ from evaluation.task import Generate
 from model.weights import adapters
 from parallel import axes as ax
 
-ROWS = 16  # that are written side by side, at most
+ROWS, EVEN = 64, 16  # that are written side by side, at most; fewer are a multiple
 HELD = 2**15  # tokens that these hold together, at most, but for a row that is longer
-READ = 256  # tokens of a prompt that are read at a time, at most
-PART = 32  # of which they are a multiple: what is read beyond a prompt is thrown away
+# Tokens of a prompt that are read at a time, at most, and in a task of longer prompts at least; and
+# how many more a call could read in the time that it takes for itself.
+READ, PART, CALL = 256, 32, 128
+BATCH = 16  # answers of a batch, over stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ def answers(
   model: Generator, prompts: Sequence[Sequence[int]], kind: Generate, seed: int, first: int = 0
 ) -> Iterator[list[Reply]]:
   """Of each prompt from the first one on, in order, so many as the kind asks for. What is written
-  depends on a prompt, its number, and all prompts' longest; over stages on which are in a batch
+  depends on a prompt, its number, and all prompts' lengths; over stages on which are in a batch
   with it, too: begin at a multiple of `together`.
   """
   if _stages(model):
@@ -50,7 +53,7 @@ def answers(
 
 def together(model: Generator, kind: Generate) -> int:
   """Of how many prompts the answers depend on one another: 1, but over stages those of a batch."""
-  return max(1, ROWS // kind.samples) if _stages(model) else 1
+  return max(1, BATCH // kind.samples) if _stages(model) else 1
 
 
 # Of a model the engine that wrote last, and what it has room for: the next task of these sizes
@@ -58,38 +61,64 @@ def together(model: Generator, kind: Generate) -> int:
 _spare: weakref.WeakKeyDictionary[Generator, tuple[Sizes, Engine]] = weakref.WeakKeyDictionary()
 
 
-def _taken(model: Generator, prompt: int, new: int) -> tuple[Sizes, Engine]:
-  """For rows of prompts of at most so many tokens, and as many new ones; nobody else has it."""
-  sizes = _sizes(model, prompt, new)
+@contextlib.contextmanager
+def _lent(
+  model: Generator, prompts: Sequence[Sequence[int]], new: int, samples: int = 1
+) -> Iterator[Engine]:
+  """An engine for so many samples of these prompts, of so many new tokens each, that nobody else
+  has. What it held takes no memory afterwards, also where its user stops half-way.
+  """
+  sizes = _sizes(model, [*map(len, prompts)], new, samples)
   before, engine = _spare.pop(model, (None, None))
-  if before != sizes:
-    return sizes, _engine(model, sizes)
-  engine.reset()
-  return sizes, engine
+  if before == sizes:
+    engine.reset()
+  else:
+    engine = _engine(model, sizes)
+  try:
+    yield engine
+  finally:
+    engine.state = engine.rules = None
+    _spare[model] = sizes, engine
 
 
-def _given_back(model: Generator, sizes: Sizes, engine: Engine) -> None:
-  """Where all that it wrote has ended; what it held takes no memory."""
-  engine.state = engine.rules = None
-  _spare[model] = sizes, engine
-
-
-def _sizes(model: Generator, prompt: int, new: int) -> Sizes:
-  front, parts = model.plain, model.parts
-  source, prompt = (prompt + len(front.soft), 1) if front.encoder else (0, prompt)
-  prompt, ends = prompt + len(front.begins), generation.ends(model.tokenizer)
-  capacity = min(front.positions or prompt + new, bucket(prompt + new))
-  rows = max(1, min(ROWS, HELD // (capacity + source)) // parts) * parts
+def _sizes(model: Generator, prompts: Sequence[int], new: int, samples: int) -> Sizes:
+  """prompts: tokens of each."""
+  front, parts, ends = model.plain, model.parts, generation.ends(model.tokenizer)
+  source = 0
+  if front.encoder:
+    source, prompts = max(prompts) + len(front.soft), [1] * len(prompts)
+  prompts = [tokens + len(front.begins) for tokens in prompts]
+  longest = max(prompts)
+  capacity = min(front.positions or longest + new, bucket(longest + new))
+  rows = min(ROWS, HELD // (capacity + source), -(-len(prompts) * samples // EVEN) * EVEN)
+  rows = max(1, rows // parts) * parts
+  read_rows = max(1, rows // 4 // parts) * parts
   return Sizes(
     rows=rows,
     capacity=capacity,
-    read_rows=max(1, rows // 4 // parts) * parts,
-    read_tokens=min(READ, -(-prompt // PART) * PART, capacity),
+    read_rows=read_rows,
+    read_tokens=min(_part(prompts, read_rows), capacity),
     bias=0,
     ends=max(1, len(ends)),
     adapters=adapters(model.model),
     source=source,
   )
+
+
+def _part(prompts: Sequence[int], rows: int) -> int:
+  """How many tokens of so many prompts are best read at a time: what is read beyond a prompt's end
+  is thrown away, and a call has its own costs. A power of two.
+  """
+
+  def cost(tokens: int) -> float:
+    parts = sum(-(-prompt // tokens) for prompt in prompts)
+    return parts * (tokens + CALL / rows)
+
+  size = min(PART, bucket(max(prompts), 1))
+  sizes = [size]
+  while sizes[-1] < min(READ, max(prompts)):
+    sizes.append(2 * sizes[-1])
+  return min(sizes, key=cost)
 
 
 def _engine(model: Generator, sizes: Sizes) -> Engine:
@@ -128,8 +157,6 @@ def continued(
   due = [i for i in range(len(prompts)) if i not in done]
   if not due:
     return [done[i] for i in range(len(prompts))]
-  # By the longest of all prompts, whichever are due: programs of one shape round alike.
-  sizes, engine = _taken(model, max(map(len, prompts)), new)
   ends = generation.ends(model.tokenizer)
 
   def requests() -> Iterator[Request]:
@@ -137,16 +164,16 @@ def continued(
       sampling = make_sampling(1, temperature=temperature, seed=seed_of(seed, i))
       yield Request(model.plain.row(prompts[i]), new, sampling, ends)
 
-  for at, written in complete(engine, model.model, requests()):
-    done[due[at]] = written
-    if not written.broken:
-      kept.add(due[at], written.ids)
-  _given_back(model, sizes, engine)
+  # For all prompts, whichever are due: programs of one shape round alike.
+  with _lent(model, prompts, new) as engine:
+    for at, written in complete(engine, model.model, requests()):
+      done[due[at]] = written
+      if not written.broken:
+        kept.add(due[at], written.ids)
   return [done[i] for i in range(len(prompts))]
 
 
 def _continuous(model, prompts, kind, seed, first) -> Iterator[list[Reply]]:
-  sizes, engine = _taken(model, max(map(len, prompts)), kind.max_new_tokens)
   ends = generation.ends(model.tokenizer)
   front = model.plain
   texts: dict[int, _Text] = {}
@@ -164,12 +191,15 @@ def _continuous(model, prompts, kind, seed, first) -> Iterator[list[Reply]]:
 
   ended: dict[int, Reply] = {}
   due = 0  # the first sample of the next prompt
-  for index, written in complete(engine, model.model, requests(), over):
-    ended[index] = texts.pop(index).answer(written)
-    while all(due + j in ended for j in range(kind.samples)):
-      yield [ended.pop(due + j) for j in range(kind.samples)]
-      due += kind.samples
-  _given_back(model, sizes, engine)
+  with (
+    _lent(model, prompts, kind.max_new_tokens, kind.samples) as engine,
+    contextlib.closing(complete(engine, model.model, requests(), over)) as endings,
+  ):
+    for index, written in endings:
+      ended[index] = texts.pop(index).answer(written)
+      while all(due + j in ended for j in range(kind.samples)):
+        yield [ended.pop(due + j) for j in range(kind.samples)]
+        due += kind.samples
 
 
 class _Text:

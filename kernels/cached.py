@@ -23,6 +23,9 @@ from kernels.scoring import Scoring
 from parallel import axes as ax, mesh
 
 BLOCK = 512  # slots; a buffer has at most one block, or whole ones
+# Numbers of keys that a step reads on a CPU, about, so that what it makes of them stays in its
+# caches, and slots that these are of at least.
+NEAR, FEWEST = 2**19, 16
 # The scope of the loop over blocks, with how many there are: what a program is planned with.
 FILLED = 'filled_blocks_of_'
 FEW = 4  # queries of a key head, up to which a CPU takes one after another
@@ -283,11 +286,11 @@ def blocks(
   """
   B, K, M, H = q.shape
   window, wide = scoring.mask.window, jnp.promote_types(q.dtype, jnp.float32)
-  S, block, pages = _steps(held, named)
+  S, block, pages = _steps(held, named, B * K * H)
 
   def cut(buffer, start):
     if pages is not None:
-      return _gathered(buffer, at, pages[:, start // block], K)
+      return _gathered(buffer, at, pages, start, (K, block))
     return _cut(buffer, at, start, (B, K, block), named)
 
   def step(index, carry):
@@ -354,24 +357,32 @@ def _cut(buffer, at, start, shape, rows):
   )
 
 
-def _steps(held: Held, named):
+def _steps(held: Held, named, numbers: int):
   """Slots of a row in all and of a step; and the pages of every step [B, steps, p], each of so many
-  slots: behind a row's last one, any.
+  slots: behind a row's last one, any. A step is of several pages, or some steps are of one.
+
+  numbers: of keys that are in a slot of all rows.
   """
-  slots = held.slots
+  slots, most = held.slots, BLOCK
+  if mesh.platform() == 'cpu':
+    most = min(BLOCK, max(FEWEST, NEAR // numbers))
+  block = next(size for size in range(min(slots, most), 0, -1) if slots % size == 0)
   if not held.paged:
-    return slots, min(slots, BLOCK), None
+    return slots, block, None
   # As many as a block of slots that lie side by side has, so that sums are of the same parts.
   B, n = named.shape
-  each = max(1, min(n, BLOCK // slots))
+  each = max(1, min(n, most // slots))
   pages = jnp.pad(named, ((0, 0), (0, -n % each))).reshape(B, -1, each)
-  return slots * each * pages.shape[1], slots * each, pages
+  return slots * each * pages.shape[1], block * each, pages
 
 
-def _gathered(buffer, at, pages: Int[Array, 'B p'], K: int):
-  """These pages of a layer, those of a row side by side: [B, K, p x S, ...]."""
-  layer, first = at
-  x = jnp.moveaxis(buffer.at[layer, pages].get(mode='clip'), 1, 2)
+def _gathered(buffer, at, pages: Int[Array, 'B n p'], start, size: tuple[int, int]):
+  """A block of a layer's slots, [B, K, block, ...] of `size`, that lie in these pages."""
+  (layer, first), (K, block), slots = at, size, buffer.shape[3]
+  of_step = pages[:, start // (slots * pages.shape[2])]
+  if block < slots:
+    return _cut(buffer, (layer, first), start % slots, (1, K, block), of_step[:, 0])
+  x = jnp.moveaxis(buffer.at[layer, of_step].get(mode='clip'), 1, 2)
   if K != x.shape[1]:
     x = jax.lax.dynamic_slice_in_dim(x, first, K, 1)
   return x.reshape(*x.shape[:2], -1, *x.shape[4:])

@@ -468,6 +468,21 @@ def test_whoever_stops_to_listen_frees_the_rows():
   assert len(engine.free) == B
 
 
+def test_requests_join_when_as_many_as_are_read_together_can(monkeypatch):
+  """Who joins alone makes a call that costs as much as one for several."""
+  rows, enough = 8, 2
+  engine, model = engine_of('llama', rows=rows, read_rows=enough), model_of('llama')
+  engine.reset()
+  reads, read = [], engine.read
+  monkeypatch.setattr(engine, 'read', lambda weights: reads.append(engine.reading) or read(weights))
+
+  # They end one after another, a chunk apart. All have one prompt, and all that come late another.
+  asked = [request(4, new=SIZES.steps * (1 + i), seed=i) for i in range(rows)]
+  late = [request(5, new=2, seed=40 + i) for i in range(2 * enough)]
+  assert len([*complete(engine, model, [*asked, *late])]) == len(asked + late)
+  assert len(reads) == 1 + len(late) // enough, reads
+
+
 def test_constraints_come_and_go():
   tokenizer = ByteTokenizer()
   each = [constrain.Constraint(tokenizer, regex=f'[{x}]{{2,8}}') for x in 'abc']

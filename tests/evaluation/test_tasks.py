@@ -327,7 +327,7 @@ def test_answers_go_on_at_a_batch_where_layers_are_in_stages(name, monkeypatch):
     for kind in (WRITE.kind, drawn):
       task = dataclasses.replace(WRITE, kind=kind)
       sizes.append(scorer(generator(name), task, QUIET, examples(task, 0, QUIET)).block)
-  assert sizes == [1, 1, writing.ROWS, writing.ROWS // 5]
+  assert sizes == [1, 1, writing.BATCH, writing.BATCH // 5]
 
 
 def test_other_settings_in_the_same_place_are_refused_by_name(tmp_path):

@@ -213,6 +213,37 @@ def test_some_rows_of_a_buffer_are_looked_at(kind):
   check_rows(**kind)
 
 
+@pytest.mark.parametrize('slots', [5, 20, 40])
+def test_steps_of_a_cpu_are_of_fewer_slots_where_rows_are_many(slots, monkeypatch):
+  """Whatever they are; of pages as of slots that lie side by side, bit for bit."""
+  monkeypatch.setattr(cached, 'BLOCK', 512)
+  monkeypatch.setattr(cached, 'NEAR', slots * B * 2 * H)
+  monkeypatch.setattr(cached, 'FEWEST', 1)
+  check(slots=SEVERAL, T=2)
+  check(slots=SEVERAL, T=3, window=WINDOW, dtype='int8')
+
+  held, lengths, queries, *_ = case(slots=SEVERAL, T=2)
+  q, lengths, queries = jnp.asarray(draw(B, 2, N, H)), *map(jnp.int32, (lengths, queries))
+  table, size = jnp.int32(np.random.default_rng(0).permutation(2 * B).reshape(B, 2)), SEVERAL // 2
+
+  def paged(x):
+    pages = x.reshape(LAYERS, B, 2, 2, size, -1).swapaxes(2, 3).reshape(LAYERS, 2 * B, 2, size, -1)
+    return jnp.zeros_like(pages).at[:, table.reshape(-1)].set(pages)
+
+  pages = Held(paged(held.keys), paged(held.values), paged=True)
+
+  @jax.jit
+  def attend(held, table=None):
+    scoring = Scoring(Mask(), scale=0.7)
+    return cached.attention(q, held, LAYER, lengths, queries, scoring, table=table)
+
+  np.testing.assert_array_equal(attend(held), attend(pages, table))
+  programs = [attend.lower(*each).compile().as_text() for each in ((held,), (pages, table))]
+  steps = SEVERAL // slots
+  loop = f'/{cached.FILLED}{steps}/while' if steps > 1 else 'jit(attend)/'
+  assert all(loop in program and ('/while' in program) == (steps > 1) for program in programs)
+
+
 MESHES = [
   ({'data': 4}, {'ring': True, 'window': WINDOW}),
   ({'tensor': 8}, {'K': 2, 'sinks': True, 'relative': True}),  # four devices share a key head
