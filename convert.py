@@ -179,6 +179,8 @@ def _export(options) -> None:
         _log(f'NOTE: codes ({", ".join(config.execution.stored)}) are written as their numbers')
         model = jax.jit(names.imported('model.weights.scheme.dequantised'))(model)
         config = model.config
+      # A head that was tied may be its own now, which not every family can say.
+      family = _family(config, options.family, origin) if config != run.model else family
     special = {}
     if tokenizer:
       ends = [*generations.ends(tokenizer)]

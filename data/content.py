@@ -11,6 +11,7 @@ import functools
 import os
 import pathlib
 import re
+import zipfile
 import zlib
 from collections.abc import Callable
 
@@ -82,7 +83,15 @@ def _classifier(path: str, version: tuple[int, int]) -> Callable[[str], float]:
       weights, bias = stored['weights'], float(stored['bias'])
     if weights.shape != (BUCKETS,):
       raise ValueError(f'it has weights of shape {weights.shape}, not {(BUCKETS,)}')
-  except (OSError, KeyError, ValueError, TypeError, EOFError) as error:
+  except (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
     raise ValueError(
       f'clean.classifier={path!r} is no file of python -m data.labels: {error}'
     ) from error

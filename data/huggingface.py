@@ -189,7 +189,7 @@ class HuggingFaceTokenizer(Tokenizer):
     return dict(self._control)
 
   def with_template(self, source: str) -> 'HuggingFaceTokenizer':
-    return HuggingFaceTokenizer(self._contents | {TEMPLATE: source.encode()})
+    return self._changed({TEMPLATE: source.encode()})
 
   def extended(self, names: Sequence[str]) -> 'HuggingFaceTokenizer':
     """With control tokens of these names behind all others."""
@@ -200,9 +200,13 @@ class HuggingFaceTokenizer(Tokenizer):
       for i, name in enumerate(names)
     ]
     definition['added_tokens'] = [*(definition.get('added_tokens') or []), *more]
-    return HuggingFaceTokenizer(
-      self._contents | {DEFINITION: json.dumps(definition, ensure_ascii=False).encode()}
-    )
+    return self._changed({DEFINITION: json.dumps(definition, ensure_ascii=False).encode()})
+
+  def _changed(self, contents: dict[str, bytes]) -> 'HuggingFaceTokenizer':
+    """With other files, of the same model: what ends its texts stays."""
+    changed = HuggingFaceTokenizer(self._contents | contents)
+    changed.generation = self.generation
+    return changed
 
   def save(self, directory: str | os.PathLike) -> None:
     for name in {SETTINGS, SPECIAL_MAP, TEMPLATE} - self._contents.keys():

@@ -158,9 +158,9 @@ class PairWriter:
         raise ValueError(f'{place}: the {side} is empty: there is nothing to learn; leave it out')
     try:
       texts = [in_utf8(self._prefix + record.source), in_utf8(record.target)]
+      source, target = self._tokenizer.encode_arrays(texts)
     except ValueError as error:
       raise ValueError(f'{place}: {error}') from error
-    source, target = self._tokenizer.encode_arrays(texts)
     # Where prefix and text meet, a token may be of both: that is the text's.
     both = min(len(self._in_front), len(source))
     same = np.array(self._in_front[:both]) == source[:both]

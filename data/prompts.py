@@ -93,28 +93,31 @@ class PromptWriter:
       self._template = ChatTemplate(template or known, tokenizer.special_tokens, PREPARED_DAY)
 
   def prompt(self, place: str, record: PromptRecord) -> Prompt:
-    """Raises ValueError, naming the place, for messages that cannot be rendered."""
-    if isinstance(record.prompt, str):
-      text = in_utf8(self._prefix + record.prompt)
-      begin = [] if self._encoder else [self._tokenizer.bos]
-      return self._made(place, [*begin, *self._tokenizer.encode(text)], text, record)
+    """Raises ValueError, naming the place, for what has no ids, and for messages that cannot be
+    rendered.
+    """
+    try:
+      if isinstance(record.prompt, str):
+        text = in_utf8(self._prefix + record.prompt)
+        begin = [] if self._encoder else [self._tokenizer.bos]
+        ids = [*begin, *self._tokenizer.encode(text)]
+      else:
+        text = in_utf8(self._prefix + self._rendered(record))
+        ids = self._tokenizer.encode(text, special=True)
+    except ValueError as error:
+      raise ValueError(f'{place}: {error}') from error
+    end = [self._tokenizer.eos] if self._encoder else []
+    return Prompt(place, tuple(map(int, [*ids, *end])), text, record.row)
+
+  def _rendered(self, record: PromptRecord) -> str:
     if self._template is None:
       raise ValueError(
-        f'{place}: messages need a chat template, and this {self._tokenizer.kind!r} tokenizer has '
-        'none; give one by objective.template, or prompts that are texts'
+        f'messages need a chat template, and this {self._tokenizer.kind!r} tokenizer has none; '
+        'give one by objective.template, or prompts that are texts'
       )
     messages = quoted(record.prompt, self._tokenizer)
     variables = {'tools': quoted(record.tools, self._tokenizer)} if record.tools else {}
-    try:
-      rendered = self._template.render(messages, add_generation_prompt=True, **variables)
-    except ValueError as error:
-      raise ValueError(f'{place}: {error}') from error
-    text = in_utf8(self._prefix + rendered)
-    return self._made(place, self._tokenizer.encode(text, special=True), text, record)
-
-  def _made(self, place: str, ids: Sequence[int], text: str, record: PromptRecord) -> Prompt:
-    end = [self._tokenizer.eos] if self._encoder else []
-    return Prompt(place, tuple(map(int, [*ids, *end])), text, record.row)
+    return self._template.render(messages, add_generation_prompt=True, **variables)
 
 
 def prepare(
@@ -210,6 +213,11 @@ def _check(config: DataConfig) -> None:
           f'data.{field}[{i}].weight={source.weight}: prompts of all sources count alike; leave it '
           '1, and repeat or cut a file'
         )
+  if config.split != 'hash' and not config.validation:
+    raise ValueError(
+      f"data.split={config.split!r} is of documents in their order; of prompts use 'hash', or "
+      'data.validation'
+    )
   unread = CleanConfig(anonymise=(), near_duplicates=0)
   for field in dataclasses.fields(CleanConfig):
     given = getattr(config.clean, field.name)

@@ -10,6 +10,7 @@ read, but for what judges the answers to a prompt.
 import csv
 import dataclasses
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -213,6 +214,17 @@ class _Reader:
       raise self.wrong(field, 'a text')
     return value
 
+  def is_text(self, field: str) -> bool:
+    """Whether it is one; in files of texts, one that is no list of messages."""
+    value = self.value(field)
+    if not self.texts or not isinstance(value, str) or not value.lstrip().startswith('['):
+      return isinstance(value, str)
+    try:
+      parsed = json.loads(value)
+    except (ValueError, RecursionError):
+      return True
+    return not parsed or not all(isinstance(x, Mapping) and 'role' in x for x in parsed)
+
   def name(self, field: str) -> str:
     """A text that is not empty, or a whole number as one."""
     value = self.value(field)
@@ -251,7 +263,7 @@ class _Reader:
       value = files.parsed(value, f'{self.place}: {field}')
     if isinstance(value, str) or not isinstance(value, Sequence) or not (value or optional):
       raise self.wrong(field, f'a list of {of}')
-    return [*value]
+    return [*value] or None
 
   def messages(self, field: str) -> list[dict]:
     given = self.items(field, '{"role": .., "content": ..}')
@@ -318,10 +330,11 @@ def _behind_system(row: _Reader, messages: list[dict]) -> list[dict]:
 
 
 def _completion(row: _Reader) -> Record:
-  if isinstance(row.value('prompt'), str) and isinstance(row.value('completion'), str):
+  texts = [field for field in ('prompt', 'completion') if row.is_text(field)]
+  if len(texts) == 2:
     return TextRecord(row.value('prompt'), row.value('completion'))
-  if isinstance(row.value('prompt'), str) or isinstance(row.value('completion'), str):
-    other = 'completion' if isinstance(row.value('prompt'), str) else 'prompt'
+  if texts:
+    other = 'completion' if texts == ['prompt'] else 'prompt'
     raise row.wrong(other, 'a text, as the other one is')
   prompt, completion = row.messages('prompt'), row.messages('completion')
   tools = row.items('tools', 'JSON schemas', optional=True)
@@ -341,10 +354,12 @@ def _answered(row: _Reader, field: str) -> ChatRecord | TextRecord:
   """The prompt with the answer of a field, as `_completion` has both; a text behind messages is a
   turn of the assistant.
   """
-  if isinstance(row.value('prompt'), str):
-    return TextRecord(row.value('prompt'), row.text(field))
+  if row.is_text('prompt'):
+    if not row.is_text(field):
+      raise row.wrong(field, 'a text, as the prompt is')
+    return TextRecord(row.value('prompt'), row.value(field))
   prompt, tools = row.messages('prompt'), row.items('tools', 'JSON schemas', optional=True)
-  if isinstance(row.value(field), str):
+  if row.is_text(field):
     answer = [{'role': SPEAKERS['gpt'], 'content': row.value(field)}]
   else:
     answer = row.messages(field)
@@ -352,8 +367,7 @@ def _answered(row: _Reader, field: str) -> ChatRecord | TextRecord:
 
 
 def _prompt(row: _Reader) -> PromptRecord:
-  asked = row.value('prompt')
-  prompt = asked if isinstance(asked, str) else row.messages('prompt')
+  prompt = row.value('prompt') if row.is_text('prompt') else row.messages('prompt')
   return PromptRecord(prompt, row.items('tools', 'JSON schemas', optional=True), row.row)
 
 

@@ -83,22 +83,28 @@ def complete(
 
   Raises as Engine.join, for a request that does not fit.
   """
-  waiting = enumerate(requests)
-  sizes = engine.sizes
+  sizes, waiting = engine.sizes, enumerate(requests)
   enough = max(1, min(sizes.read_rows, sizes.rows // 4))
+  due = next(waiting, None)
   rows: dict[int, tuple[int, Request, Written]] = {}
   finished: collections.deque[tuple[int, Written]] = collections.deque()
   try:
     while True:
-      free = engine.free if not rows or len(engine.free) >= enough else ()
-      for row, (index, request) in zip(free, waiting):
+      may_join = not rows or len(engine.free) >= enough
+      while due and may_join and (not rows or engine.takes(due[1])):
+        index, request = due
+        row = next(iter(engine.open(request)), 0)  # who fits nowhere is refused
         engine.join(row, request)
         fitted = engine.fitted(request)
         cut = fitted.max_new_tokens < request.max_new_tokens
         rows[row] = index, fitted, Written(cut=cut)
+        due = next(waiting, None)
       if not rows:
         return
-      while engine.reading:
+      # To the end, or until the others have to write on and leave before there is room.
+      unread = -1
+      while engine.unread not in (0, unread):
+        unread = engine.unread
         engine.read(weights)
 
       # No more steps than the one that has most to write still needs.
@@ -110,7 +116,7 @@ def complete(
         full = text.add(chunk, row, request)
         if over(index, text) or full:
           ended.append(row)
-      if not ended and not chunk.real.any():
+      if not (ended or engine.reading or chunk.real.any()):
         raise RuntimeError(f'rows {sorted(rows)} write nothing and do not end: their state is lost')
       engine.release(ended)
       for row in ended:

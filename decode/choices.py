@@ -142,7 +142,7 @@ def length_of(tokens: int, limit: int, halves: int = 128) -> int:
 
 def _few(tokens: int) -> int:
   """A bucket for continuations. Finer ones would fill up less, and compile for longer than that."""
-  return 1 if tokens == 1 else bucket(tokens, 8)
+  return 1 if tokens == 1 else -(-tokens // 8) * 8 if tokens <= 32 else bucket(tokens)
 
 
 # One continuation, or next to no context: a row of its own, by the pass that training makes.
@@ -163,7 +163,7 @@ def _whole(model: LoadedModel, groups: list[_Group]) -> Iterator[tuple[dict, tup
     ):
       size //= 2
     if len(flat) < size and flat[-1][0] > LONG:
-      size = max(model.parts, 1 << len(flat).bit_length() - 1)
+      size = model.parts << max(1, len(flat) // model.parts).bit_length() - 1
     here, flat = flat[:size], flat[size:]
     B = min(size, bucket(-(-len(here) // model.parts), 1) * model.parts)
     T = length_of(here[-1][0], limit)

@@ -110,7 +110,7 @@ def _escape(rest: str, at: int) -> tuple[str, int]:
 
 def _class(rest: str, at: int) -> tuple[str, int]:
   position = 2 if rest.startswith('[^') else 1
-  written = []
+  written, is_set = [], False
   while rest[position : position + 1] not in ('', ']'):
     if rest.startswith('\\b', position):
       text, length = _literal('\b'), 2
@@ -119,9 +119,12 @@ def _class(rest: str, at: int) -> tuple[str, int]:
     elif rest[position] == '-':
       # Between two characters it is a range's, else itself.
       inner = len(written) > 0 and rest[position + 1 : position + 2] not in ('', ']')
+      if inner and (is_set or _is_set(rest, position + 1)):
+        raise ValueError(f"'-' at {at + position} is beside a class and no range: write \\-")
       text, length = '-' if inner else _literal('-'), 1
     else:
       text, length = _literal(rest[position]), 1
+    is_set = _is_set(rest, position)
     written.append(text)
     position += length
   if position >= len(rest):
@@ -131,3 +134,8 @@ def _class(rest: str, at: int) -> tuple[str, int]:
       return r'[\u{0}-\u{10FFFF}]', 3
     raise ValueError(f"'[]' at {at} matches nothing")
   return ('[^' if rest.startswith('[^') else '[') + ''.join(written) + ']', position + 1
+
+
+def _is_set(rest: str, position: int) -> bool:
+  """Whether an escape of several characters is there."""
+  return rest[position : position + 1] == '\\' and rest[position + 1 : position + 2] in 'dDwWsSpP'

@@ -151,9 +151,18 @@ class Engine:
     """Rows whose prompts are read to the end."""
     return [row for row in self._requests if row not in self._unread and row not in self._sharing]
 
+  @property
+  def unread(self) -> int:
+    """Tokens of prompts that are still to be read."""
+    return sum(map(len, self._unread.values()))
+
+  def open(self, request: Request) -> list[int]:
+    """The free rows that can take a request now."""
+    return self.free
+
   def takes(self, request: Request) -> bool:
-    """Whether one of the free rows can take a request now."""
-    return bool(self.free)
+    """Whether there are any."""
+    return bool(self.open(request))
 
   def seat(self) -> list[int]:
     """The rows that write in a chunk which is decoded next."""
@@ -189,7 +198,8 @@ class Engine:
 
   def choose(self, request: Request) -> int:
     """Which of the free rows is to take a request, so that others find what they have read."""
-    return self._prefixes.choose(request, self.free, list(map(self._beside, range(self._parts))))
+    parts = list(map(self._beside, range(self._parts)))
+    return self._prefixes.choose(request, self.open(request), parts)
 
   def cached(self, row: int) -> int:
     """Tokens of the prompt of a row that it has from others, and needed not to read."""
@@ -294,7 +304,8 @@ class Engine:
     return self._prefixes.find(request, self._beside(self.part_of(row)))
 
   def _forget_all(self) -> None:
-    self._prefixes.clear()
+    for row in range(self.sizes.rows):
+      self._prefixes.forget(row)
 
   def _begin_unread(self, row: int) -> None:
     """A row is to read its prompt, of which it has nothing."""
@@ -336,7 +347,7 @@ class Engine:
       self._sharer()
       self.state = self._run('share', self.state, *places)
       self._cached[row] = self._requests[row].tokens
-      self._prefixes.begin(row, self._requests[row], len(self._requests[row].prompt))
+      self._prefixes.begin(row, self._requests[row], len(self._requests[row].prompt), like=reader)
     return rows
 
   def _pass_on(self, row: int) -> None:

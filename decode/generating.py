@@ -49,14 +49,14 @@ def generating_model(
 
 
 def in_compute_dtype(model: transformer.Decoder) -> transformer.Decoder:
-  """The model, cast once, as `Weight.whole` would at every token;
-  norms and biases keep their own precision.
+  """The model, cast once, as `Weight.whole` would at every token; norms, biases and routers keep
+  their own precision.
   """
 
   dtype = model.config.execution.dtype
 
   def cast(p):
-    if p.kind == 'vector':
+    if p.kind == 'vector' or p.wide:
       return p
     value = p.get_value()
     return p.replace(value.cast(dtype) if isinstance(value, Weight) else value.astype(dtype))

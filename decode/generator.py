@@ -93,9 +93,12 @@ class Generator(LoadedModel):
           'or one for all'
         )
     fronts = self.fronts_of(Options.of(options).adapter, len(prompts))
-    if not self.model.config.encoder_layers:
-      for front, prompt in zip(fronts, prompts):
-        front.check_room(len(self.encoded(prompt)))
+    for front, prompt in zip(fronts, prompts):
+      ids = self.encoded(prompt)
+      if front.encoder:
+        front.whole(ids)
+      else:
+        front.check_room(len(ids))
 
     def batches():
       for first in range(0, len(prompts), size):

@@ -56,12 +56,10 @@ class PagedEngine(Engine):
     none = np.zeros(sizes.rows, bool), np.zeros(sizes.rows, np.int32)
     self._kept = tuple(map(self._put, none))
 
-  def takes(self, request: Request) -> bool:
-    return bool(self._open(request))
-
-  def choose(self, request: Request) -> int:
-    parts = list(map(self._beside, range(self._parts)))
-    return self._prefixes.choose(request, self._open(request), parts)
+  def open(self, request: Request) -> list[int]:
+    most = _most(self.fitted(request))
+    room = [pool.has_room(most) for pool in self._pools]
+    return [row for row in self.free if room[self.part_of(row)]]
 
   def join(self, row: int, request: Request) -> None:
     super().join(row, request)
@@ -101,12 +99,6 @@ class PagedEngine(Engine):
     sizes = self.sizes
     used = sum(pool.used for pool in self._pools)
     return Use(used * sizes.block, sizes.pages * sizes.block, self._preempted)
-
-  def _open(self, request: Request) -> list[int]:
-    """Free rows that can take a request now."""
-    most = _most(self.fitted(request))
-    room = [pool.has_room(most) for pool in self._pools]
-    return [row for row in self.free if room[self.part_of(row)]]
 
   def _pool(self, row: int) -> Pool:
     return self._pools[self.part_of(row)]

@@ -38,12 +38,16 @@ class Prefixes:
     self._marks: list[list[bytes]] = [[] for _ in range(self._rows)]  # of what is to be read
     self._held = [0] * self._rows  # blocks
     self._written = [0] * self._rows  # tokens, at most
+    self._since = [0] * self._rows  # tokens before which its rings have nothing for others
     self._used = [0] * self._rows
     self._clock = itertools.count(1)
 
-  def begin(self, row: int, request: Request, tokens: int) -> None:
-    """A row reads a request's prompt, of which it has the first `tokens` already."""
+  def begin(self, row: int, request: Request, tokens: int, like: int | None = None) -> None:
+    """A row reads a request's prompt, of which it has the first `tokens` already: of rings what
+    comes next sees of them, or all that the row `like` has.
+    """
     self._marks[row] = self.marks(request)
+    self._since[row] = tokens if like is None else self._since[like]
     self._written[row] = 0
     self._held[row] = 0
     self.read(row, tokens)
@@ -118,7 +122,8 @@ class Prefixes:
       while same < min(len(held), len(marks)) and held[same] == marks[same]:
         same += 1
       tokens = same * self.block
-      kept = self._slack is None or self._written[row] - tokens <= self._slack
+      behind = self._written[row] - tokens
+      kept = self._slack is None or (tokens >= self._since[row] and behind <= self._slack)
       if tokens > best[0] and kept:
         best = tokens, row
     return best

@@ -150,7 +150,7 @@ def with_examples(examples: Sequence[tuple[str, str]], prompt: str | list, chat:
   """
   if not examples:
     return prompt
-  if is_chat(prompt) or chat:
+  if is_chat(prompt) or chat and isinstance(prompt, str):
     messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
     turns = [
       {'role': role, 'content': content}

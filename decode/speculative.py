@@ -166,14 +166,15 @@ class EarlyExit:
   always = True
 
   def propose(self, memory, model, cache, state, first, rules, k, vocabulary):
-    E = self.layers
-    part = dataclasses.replace(cache, held=cache.held[:E], memory=cache.memory and cache.memory[:E])
+    # A place of the cache is of all layers that have one set of parameters.
+    P = self.layers // model.config.shared_layers
+    part = dataclasses.replace(cache, held=cache.held[:P], memory=cache.memory and cache.memory[:P])
     counts = jnp.where(state.done, 0, 1)
     part, drafts = guessed(
-      shallow(model, E), part, first[:, None], counts, state, rules, k, vocabulary
+      shallow(model, self.layers), part, first[:, None], counts, state, rules, k, vocabulary
     )
     # The lengths stay as they were: the model, when it judges, writes these slots again.
-    return memory, dataclasses.replace(cache, held=(*part.held, *cache.held[E:])), drafts
+    return memory, dataclasses.replace(cache, held=(*part.held, *cache.held[P:])), drafts
 
   def read(self, memory, tokens, lengths, counts):
     return memory

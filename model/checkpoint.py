@@ -219,6 +219,15 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special, f
       'some shards of this model lie on devices of other processes; export in one process'
     )
 
+  mapped = {share.leaf for shares in parts.values() for share in shares}
+  if unmapped := by_name(model).keys() - mapped:
+    raise RuntimeError(f'the name map of {family.__name__} has no place for {sorted(unmapped)}')
+
+  def kind(name):
+    # Steps move it by less than what bfloat16 tells apart (model.moe).
+    wide = all(share.leaf.endswith('.selection_bias') for share in parts[name])
+    return 'F32' if wide else KINDS[dtype]
+
   def produce(name):
     if coded and name in coded.tensors:
       yield from coded.tensors[name].pieces()
@@ -226,7 +235,7 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special, f
     first = parts[name][0].layout
     for start, stop in first.chunks(PIECE):
       low, high = first.rows(start, stop)
-      rows = np.empty((high - low, *first.shape[1:]), DTYPES[KINDS[dtype]])
+      rows = np.empty((high - low, *first.shape[1:]), DTYPES[kind(name)])
       written = sum(
         part.layout.send(
           fetch(leaves[part.leaf], part.region(start, stop)).reshape(
@@ -249,7 +258,7 @@ def write_files(model, config, directory, family, dtype, shard_bytes, special, f
     write(
       directory,
       shapes | {name: tensor.shape for name, tensor in made.items()},
-      dict.fromkeys(shapes, KINDS[dtype]) | {name: tensor.kind for name, tensor in made.items()},
+      {name: kind(name) for name in shapes} | {name: tensor.kind for name, tensor in made.items()},
       produce,
       shard_bytes,
     )
@@ -339,7 +348,13 @@ def resolve(parts, tensors, family) -> dict[str, str]:
       {name: other + name.removeprefix(ours) if name.startswith(ours) else name for name in parts}
       for other in others
     ]
-  return max(spellings, key=lambda called: sum(name in tensors.tensors for name in called.values()))
+  called = max(spellings, key=lambda each: sum(name in tensors.tensors for name in each.values()))
+  for new, old in getattr(family, 'FORMERLY', {}).items():
+    for name, stored in called.items():
+      before = stored.removesuffix(new) + old
+      if stored.endswith(new) and stored not in tensors.tensors and before in tensors.tensors:
+        called[name] = before
+  return called
 
 
 def _check_equal(tensors: Tensors, name: str, other: str) -> None:

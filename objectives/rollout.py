@@ -207,7 +207,8 @@ class Rollouts:
   def state(self) -> dict:
     rest = {}
     if self._left:
-      rest = {'left': self._left, 'batch': packed(self._batch), **self._sizes()}
+      # A copy: a checkpoint writes it while batches are taken.
+      rest = {'left': [*self._left], 'batch': packed(self._batch), **self._sizes()}
     return {
       'rollouts': self._rollouts,
       'prompt': self._prompt,

@@ -51,8 +51,8 @@ def pattern(address: str) -> str:
       f'{address} names no files; give hf://datasets/ORG/NAME[@REVISION]/PATTERN, such as '
       'hf://datasets/ORG/NAME/data/*.parquet'
     )
-  # There '*' crosses directories, and '**/' needs one.
-  wanted = [of.path.replace('**/', '')]
+  # There '*' crosses directories, and '**/' needs one. The pattern passes over what is too much.
+  wanted = sorted({of.path.replace('**/', some) for some in ('', '*/')})
   directory = brought(of, wanted, remedy='bring the files into a directory, and give that')
   return f'{glob.escape(str(directory))}/{of.path}'
 

@@ -56,7 +56,8 @@ def scale_by_adafactor(epsilon: float, specs) -> optax.GradientTransformation:
 
   def init(parameters):
     def squares(spec, p):
-      return _squares(jnp.zeros_like(p), spec)
+      # In f32: bfloat16 would round away what they fall by, and they could only rise.
+      return _squares(jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), spec)
 
     return AdafactorState(jnp.int32(0), _below(squares, specs, parameters))
 

@@ -138,7 +138,8 @@ class TrainConfig:
         f'train.sample_every={self.sample_every} without train.sample_prompts; an empty one is the '
         'beginning of a text'
       )
-    if self.patience and not self.eval_every and '/' not in self.best:
+    of_task = '/' in self.best and ' validation_' not in self.best
+    if self.patience and not self.eval_every and not of_task:
       raise ValueError(
         f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set '
         'train.eval_every'

@@ -66,12 +66,15 @@ def _of_trained(config: Config, name: str) -> float:
 
 def _multiplied(config: Config, name: str) -> dict[str, float]:
   """Of each parameter how many numbers a token is multiplied with: of experts, of those that it
-  goes to.
+  goes to, and of tables that are looked up in none.
   """
-  moe = states.roles(config)[name].config.moe
+  model = states.roles(config)[name].config
+  moe = model.moe
   leaves = params.named_leaves(jax.eval_shape(lambda: states.new_model(config, name)))
 
   def share(leaf, x):
+    if leaf.startswith('embedding.') and not (model.tie_embeddings and '.tokens' in leaf):
+      return 0.0
     routed = moe.experts and '.feed_forward.' in leaf and moe.experts in x.shape[1:2]
     return moe.per_token / moe.experts if routed else 1.0
 

@@ -190,8 +190,9 @@ def merge(
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
     model = opened(config, checkpoints, step, target)
     if coded:
-      model = jax.jit(dequantised)(model)
+      model = jax.jit(dequantised, static_argnames='dtype')(model, dtype='float32')
       model_config = numbers_config(model_config, model.head.tokens is not None)
+      model_config = model_config.with_execution(parameter_dtype='float32')
     copied(workdir, partial)
     run = dataclasses.replace(config, model=model_config, adapter=AdapterConfig(), init='')
     write_run(partial, run, _models(config, checkpoints, step, model), log)

@@ -64,7 +64,8 @@ def entries(
     costs = costs_of(model, batches, tokenizer, bound)
 
     def stored(low):
-      return [*(f'*.{kind}={LOW}' for kind in low), f'*={HIGH}']
+      rest = [f'*={HIGH}'] if len(low) < len(kinds) else []  # an entry of no matrix is refused
+      return [*(f'*.{kind}={LOW}' for kind in low), *rest]
 
     def make(low):
       return jax.jit(functools.partial(quantised, entries=stored(low), method=method))(model)

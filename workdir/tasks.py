@@ -51,7 +51,8 @@ class TaskAsker:
     _check_best(config.train.best, lower)
     self._workdir, self._place = pathlib.Path(directory), pathlib.Path(directory) / DIRECTORY
     for later in self._place.glob('*'):
-      if later.name.isdecimal() and int(later.name) > first:
+      # What is asked before the first step is asked again, perhaps of another model.
+      if later.name.isdecimal() and (int(later.name) > first or not first):
         shutil.rmtree(later)
 
   def __call__(

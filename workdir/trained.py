@@ -17,6 +17,7 @@ from data.shards import PackedShard, PackedSource
 from evaluation.passages import Cut, Passage, PassageDraw, Passages
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config
+from training.program import read
 from workdir.checkpoint import Checkpoints
 from workdir.open import config_of, step_of
 
@@ -82,13 +83,19 @@ def trained(
       f'is not known; {remedy}'
     )
   with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.local_devices()[:1])):
-    prepared = config.objective.read(config.data, log)
-  if not isinstance(prepared, Prepared) or not config.model.causal or config.model.encoder_layers:
+    prepared = read(config, log)
+  texts = isinstance(prepared, Prepared) and all(
+    type(source) is PackedSource for source in (*prepared.train, prepared.validation)
+  )
+  if not texts or not config.model.causal or config.model.encoder_layers:
     raise ValueError(
       f'{workdir} was trained with objective.kind={config.objective.kind!r}, whose rows are no '
       f'texts that a decoder goes on with; {remedy}'
     )
   batches = config.objective.batches(prepared, config.data, range(config.data.batch_size))
+  if position.get('key', '').startswith(f'{prepared.key}-'):
+    # What a teacher has said of the rows (data.said) is not asked for: they are the same rows.
+    position = position | {'key': prepared.key}
   try:
     batches.restore(position)
   except ValueError as error:

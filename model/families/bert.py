@@ -12,6 +12,8 @@ from model.families.keys import Keys, unsupported
 TYPES = ('bert',)
 BUFFERS = (r'(bert\.)?embeddings\.position_ids',)
 PREFIXES = {'bert.': ('',), '': ('bert.',)}
+# How names ended in the first checkpoints, which transformers reads, too.
+FORMERLY = {'LayerNorm.weight': 'LayerNorm.gamma', 'LayerNorm.bias': 'LayerNorm.beta'}
 WEIGHTS = {
   'BertModel': ('plain', True),
   'BertForMaskedLM': ('mlm', False),

@@ -46,19 +46,21 @@ class Activated(Above):
     return self.base.grouped(rows, groups)
 
   def product(self, formula, x, dtype, axes=None):
-    left, right = formula.split('->')[0].split(',')
+    sides, result = formula.split('->')
+    left, right = sides.split(',')
     summed = ''.join(letter for letter in right if letter in left)
     weight = self.base.gathered(dtype)
     sizes = dict(zip(right, weight.scale.shape))
-    if not left.endswith(summed) or any(sizes[letter] > 1 for letter in summed):
+    kept = any(letter in result or sizes[letter] > 1 for letter in summed)
+    if kept or not left.endswith(summed):
       return self.base.product(formula, x, dtype, axes)
     fp8 = isinstance(weight, Codes)
     check_platform(fp8)
     low, unit = lowered(x, len(summed), fp8)
     y = _product(low, weight.codes if fp8 else weight.values, formula, axes)
-    kept = tuple(n for n, letter in enumerate(right) if letter not in summed)
-    scale = weight.scale.reshape([weight.scale.shape[n] for n in kept])
-    unit = unit.reshape(*unit.shape[: x.ndim - len(summed)], *(1,) * len(kept))
+    outputs = tuple(n for n, letter in enumerate(right) if letter not in summed)
+    scale = weight.scale.reshape([weight.scale.shape[n] for n in outputs])
+    unit = unit.reshape(*unit.shape[: x.ndim - len(summed)], *(1,) * len(outputs))
     return (y * unit * jnp.expand_dims(scale, range(y.ndim - scale.ndim))).astype(dtype)
 
 

@@ -92,12 +92,13 @@ class Scheme:
       raise ValueError(
         f'{self.grid}: two codes share a byte, in groups of an even size; use {self.grid}:group=64'
       )
-    plain = self.grid in ('int8', 'fp8') and self.symmetric and not size
+    scaled_once = 'fp8' if self.tensor else ('int8', 'fp8')
+    plain = self.grid in scaled_once and self.symmetric and not size
     if self.activations and not plain:
       raise ValueError(
-        f'{self.grid}:activations with group={self.group}, block={self.block}, symmetric='
-        f'{self.symmetric}: a product of codes is scaled once; use int8:activations or '
-        'fp8:activations'
+        f'{self.grid}:activations with group={self.group}, block={self.block}, tensor='
+        f'{self.tensor}, symmetric={self.symmetric}: a product of codes is scaled once; use '
+        'int8:activations or fp8:activations'
       )
     if self.activations and self.sparse:
       n, m = self.sparse
@@ -306,14 +307,17 @@ def check_asked(config: ModelConfig, text: str) -> None:
     )
 
 
-def dequantised(model):
-  """The model with the numbers that its codes stand for, and a config that says so. Traced."""
+def dequantised(model, dtype: str = ''):
+  """The model with the numbers that its codes stand for, and a config that says so. Traced.
+
+  dtype: of these; default: the parameters'.
+  """
 
   def numbers(p):
-    dtype = config.execution.parameter_dtype
     return p.replace(read(p).numbers(dtype)) if read(p).coded else p
 
   config = model.config
+  dtype = dtype or config.execution.parameter_dtype
   made = jax.tree.map(numbers, model, is_leaf=is_param)
   made.config = numbers_config(config, model.head.tokens is not None)
   return made

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from data import content, labels
@@ -114,6 +115,13 @@ def test_what_is_no_classifier_or_has_one_label_is_refused(tmp_path):
   (tmp_path / 'a.npz').write_bytes(b'no')
   with pytest.raises(ValueError, match='is no file of python -m data.labels'):
     content.classifier(str(tmp_path / 'a.npz'))
+  # Also a file that was copied in part.
+  whole = tmp_path / 'b.npz'
+  np.savez_compressed(whole, weights=np.zeros(content.BUCKETS), bias=0.0)
+  for cut in (9, 100, whole.stat().st_size - 9):
+    (tmp_path / 'c.npz').write_bytes(whole.read_bytes()[:cut])
+    with pytest.raises(ValueError, match='is no file of python -m data.labels'):
+      content.classifier(str(tmp_path / 'c.npz'))
   with pytest.raises(ValueError, match='both labels are needed'):
     labels.train([('a', True)] * 20)
   with pytest.raises(ValueError, match='classifier_threshold=1.5'):

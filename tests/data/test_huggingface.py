@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 import files
-from data import huggingface, tokenizers
+from data import generation, huggingface, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 from data.tokenizers import load
@@ -269,6 +269,13 @@ def test_templates_travel_by_name_and_the_file_goes_first(tmp_path):
     'chat_template.jinja',
     'tool_use.jinja',
   ]
+
+
+def test_who_gets_a_template_or_tokens_ends_texts_as_before():
+  tokenizer = huggingface.HuggingFaceTokenizer(families.contents('gpt2'))
+  tokenizer.generation = {'eos_token_id': [5, 7]}
+  for changed in (tokenizer.with_template('new'), tokenizer.extended(['<a>'])):
+    assert generation.ends(changed) == generation.ends(tokenizer) and 7 in generation.ends(changed)
 
 
 def test_limits_of_length_in_the_file_cut_nothing():

@@ -201,6 +201,7 @@ def test_a_prefix_is_encoded_with_what_follows():
     ({'objective': SFT()}, "format='pair' is not of the records that objective.kind='sft'"),
     ({'objective': Seq2Seq(prefix='p' * S, too_long='left')}, 'no room for a source behind a pre'),
     ({'data': {'split': 'tail'}}, 'would cut a record in two'),
+    ({'row': {'source': 'a', 'target': '\ud83d'}}, 'jsonl:1: .*half of a surrogate'),
   ],
 )
 def test_what_cannot_be_is_said(tmp_path, change, words):

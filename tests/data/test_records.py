@@ -1,5 +1,6 @@
 """What rows become records, and what is said of those that are none."""
 
+import csv
 import gzip
 import json
 
@@ -117,6 +118,46 @@ def test_messages_of_a_csv_are_json(tmp_path):
   text = json.dumps(CHAT).replace('"', '""')
   (tmp_path / 'a.csv').write_text(f'messages\n"{text}"\n')
   assert read(tmp_path / 'a.csv', kind='csv', format='chat') == [ChatRecord(CHAT)]
+
+
+@pytest.mark.parametrize(
+  'format, row',
+  [
+    ('completion', {'prompt': CHAT[:1], 'completion': CHAT[1:]}),
+    ('completion', {'prompt': '[a]', 'completion': '[1, 2]'}),
+    ('preference', {'prompt': CHAT[:1], 'chosen': 'b', 'rejected': CHAT[1:]}),
+    ('judged', {'prompt': CHAT[:1], 'completion': CHAT[1:], 'label': True}),
+    ('prompt', {'prompt': CHAT[:1]}),
+    ('prompt', {'prompt': '[]'}),
+  ],
+)
+def test_messages_of_a_csv_are_those_of_other_files_in_every_format(tmp_path, format, row):
+  plain = jsonl(tmp_path, row)
+  with open(tmp_path / 'a.csv', 'w', newline='') as file:
+    texts = [x if isinstance(x, str) else json.dumps(x) for x in row.values()]
+    csv.writer(file).writerows([row, texts])
+  (ours,), (theirs,) = (
+    read(tmp_path / 'a.csv', kind='csv', format=format),
+    read(plain, format=format),
+  )
+  if format == 'prompt':
+    assert (ours.prompt, ours.tools) == (theirs.prompt, theirs.tools)
+  else:
+    assert ours == theirs
+
+
+def test_a_text_and_messages_of_a_csv_are_no_pair(tmp_path):
+  text = json.dumps(CHAT[1:]).replace('"', '""')
+  (tmp_path / 'a.csv').write_text(f'prompt,completion,chosen,rejected\nHi,"{text}","{text}",b\n')
+  for format in ('completion', 'preference'):
+    with pytest.raises(ValueError, match='must be a text, as the '):
+      read(tmp_path / 'a.csv', kind='csv', format=format)
+
+
+def test_no_tools_are_no_tools(tmp_path):
+  """A question has one hash (data.splits), however its rows say that there are none."""
+  rows = [{'messages': CHAT} | more for more in ({}, {'tools': None}, {'tools': []})]
+  assert read(jsonl(tmp_path, *rows), format='chat') == [ChatRecord(CHAT)] * 3
 
 
 def test_columns_may_have_other_names(tmp_path):

@@ -78,6 +78,9 @@ def test_patterns_mean_what_ecma_says(pattern, valid, invalid, monkeypatch):
     ('[]', 'matches nothing'),
     ('[a', 'never closed'),
     (r'\uD83D', 'no escape'),
+    (r'[+-\d]', "'-' at 2 is beside a class"),
+    (r'[\w-z]', "'-' at 3 is beside a class"),
+    (r'[\d-\w]', "'-' at 3 is beside a class"),
   ],
 )
 def test_what_cannot_be_said_is_refused_by_its_name(pattern, words):

@@ -102,8 +102,9 @@ def test_examples_stand_before_a_prompt(tmp_path):
   turns = [{'role': 'user', 'content': '2 + 2 ='}, {'role': 'assistant', 'content': ' 4'}]
   assert with_examples(both[:1], '3 =', chat=True) == [*turns, last]
   assert with_examples(both[:1], [system, last], chat=False) == [system, *turns, last]
-  with pytest.raises(ValueError, match='ids with --examples'):
-    with_examples(both, prompt_of([1, 2]), chat=False)
+  for chat in (False, True):
+    with pytest.raises(ValueError, match='ids with --examples'):
+      with_examples(both, prompt_of([1, 2]), chat=chat)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from decode.generator import Generator
 from decode.results import GrowingFile, progress_bar
 from tests.decode.small import config_of, generator_of
+from tests.evaluation import test_label_scores as label_scores
 
 PROMPTS = ['abc', 'd', 'ef', 'g']
 
@@ -55,6 +56,10 @@ def test_batches_that_cannot_be_are_refused_before_the_first(generator):
     generator.in_batches(PROMPTS, 2, temperature=[0.5] * 7)
   with pytest.raises(ValueError, match='a prompt of 41 tokens leaves no room'):
     generator.in_batches(['a', 'a' * 40], 1)
+  reader = label_scores.generator('t5')
+  limit = reader.model.config.max_length
+  with pytest.raises(ValueError, match=f'a prompt of {limit + 2} tokens passes model.max_length'):
+    reader.in_batches(['a', 'a' * (limit + 1)], 1)
   with pytest.raises(ValueError, match="option='topk' is unknown"):
     generator.in_batches(PROMPTS, 2, topk=3)
 

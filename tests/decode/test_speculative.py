@@ -238,6 +238,7 @@ FAMILIES = {
   'experts': dict(moe=MoEConfig(experts=4, feed_forward=8, shared_feed_forward=8, first=1)),
   'encoder': T5,
   'bytes': {},
+  'shared layers': dict(layers=4, shared_layers=2),
 }
 
 
@@ -248,7 +249,7 @@ FAMILIES = {
     'windows in rings',
     *(
       pytest.param(name, marks=pytest.mark.slow)
-      for name in ('encoder', 'latent', 'experts', 'bytes')
+      for name in ('encoder', 'latent', 'experts', 'bytes', 'shared layers')
     ),
   ],
 )
@@ -265,7 +266,9 @@ def test_families(family):
   if family == 'windows in rings':
     assert state.cache.held[0].ring and state.cache.held[0].slots < ROOM / 3
   drafter = (
-    DraftModel(make(model.config, 3)) if family in ('windows in rings', 'encoder') else EarlyExit(1)
+    DraftModel(make(model.config, 3))
+    if family in ('windows in rings', 'encoder')
+    else EarlyExit(model.config.shared_layers)
   )
   found, carried = speculated(model, drafter, greedy(3), 4, **how)
   assert_same(found, rows)

@@ -49,6 +49,21 @@ def test_products_are_of_codes(grid, formula):
   assert not np.asarray(found[0, 0]).any()
 
 
+def test_codes_of_one_scale_are_of_fp8():
+  with pytest.raises(ValueError, match='int8:activations with .*tensor=True'):
+    Scheme.parse('int8:tensor:activations')
+
+
+def test_a_product_that_keeps_a_letter_of_both_is_of_numbers():
+  """As latent attention's, of every head: tokens have no scale of all of them."""
+  shapes = (2, 1, 3, 4), (5, 3, 4)
+  x, w = (jax.random.normal(jax.random.key(n), size) for n, size in enumerate(shapes))
+  weight = Scheme.parse('fp8:tensor:activations').of(w, (-1,), (None,) * 3)
+  found = weight.product('BTNH,RNH->BTNR', x, 'float32')
+  expected = jnp.einsum('BTNH,RNH->BTNR', x, weight.numbers('float32'))
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_the_gradient_is_that_of_the_numbers():
   rows, shape, summed = FORMULAS['BTD,DNH->BTNH']
   x, w = (jax.random.normal(jax.random.key(n), size) for n, size in enumerate((rows, shape)))

@@ -223,6 +223,23 @@ def test_names_without_their_prefix(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, leaves(model), leaves(again))
 
 
+def test_berts_first_names_of_norms(tmp_path):
+  hf = dict(model_type='bert', vocab_size=67, hidden_size=32, num_hidden_layers=2)
+  hf |= dict(num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
+  ours.build(hf, tmp_path / 'bert')
+  _, model = checkpoint.load(tmp_path / 'bert', mesh=ours.MESH)
+
+  def rename(tensors):
+    for name in list(tensors):
+      for new, old in (('LayerNorm.weight', 'gamma'), ('LayerNorm.bias', 'beta')):
+        if name.endswith(new):
+          tensors[name.replace(new, f'LayerNorm.{old}')] = tensors.pop(name)
+
+  rewrite(tmp_path / 'bert', rename)
+  _, again = checkpoint.load(tmp_path / 'bert', mesh=ours.MESH)
+  jax.tree.map(np.testing.assert_array_equal, leaves(model), leaves(again))
+
+
 def header(path):
   data = path.read_bytes()
   length = struct.unpack('<Q', data[:8])[0]

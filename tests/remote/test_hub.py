@@ -87,6 +87,30 @@ def test_a_file_of_a_model_comes_from_wherever_it_lies(path, brought, monkeypatc
   assert came == brought and place == tmp_path / path.removeprefix('@main').lstrip('/')
 
 
+@pytest.mark.parametrize(
+  'pattern, brought',
+  [
+    ('data/**/train-*.parquet', ['data/train-0.parquet', 'data/en/train-0.parquet']),
+    ('data/**/a.jsonl', ['data/a.jsonl', 'data/x/a.jsonl', 'data/x/y/a.jsonl']),
+    ('data/*/a.jsonl', ['data/x/a.jsonl']),
+  ],
+)
+def test_all_files_that_a_pattern_matches_come(pattern, brought, monkeypatch, tmp_path):
+  library = pytest.importorskip('huggingface_hub')
+  there = [f'data/{name}/train-0.parquet' for name in ('en', '.')] + ['b.jsonl', 'data/b.jsonl']
+  there = [*map(os.path.normpath, there), *(f'data/{x}a.jsonl' for x in ('', 'x/', 'x/y/'))]
+
+  def download(repository, *, revision, repo_type, **only):
+    for name in library.utils.filter_repo_objects(there, **only):
+      (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+      (tmp_path / name).write_text('')
+    return tmp_path
+
+  monkeypatch.setattr(library, 'snapshot_download', download)
+  found = sources.found(f'hf://datasets/org/name/{pattern}')
+  assert sorted(found) == sorted(str(tmp_path / name) for name in brought)
+
+
 def test_where_the_hub_is_not_read_it_is_said_where_it_is():
   for what in ('--workdir', 'config.init', 'data.cache_dir'):
     with pytest.raises(
