@@ -14,7 +14,7 @@ import pytest
 
 import convert
 from data import tokenizers
-from model import checkpoint, families, params, rearranged, stream, tensorfiles
+from model import checkpoint, families, params, rearranged, stream, tensorfiles, transformer
 from model.tensorfiles import TensorFiles
 from parallel.mesh import NO_MESH, MeshConfig, make_mesh
 from tests.goldens import ours, tiny
@@ -139,6 +139,36 @@ def test_dtypes(llama, tmp_path, kind, stored, dtype, capsys):
   for name, x in ours.tensors(llama).items():
     np.testing.assert_array_equal(ours.tensors(tmp_path / 'out')[name], x, err_msg=name)
   assert json.loads((tmp_path / 'out' / 'config.json').read_text())['torch_dtype'] == stored
+
+
+def test_what_steps_move_by_little_is_written_as_it_is(tmp_path):
+  """DeepSeek-V3's bias of choices, which transformers keeps in f32, too."""
+  ours.build(DEEPSEEK, tmp_path / 'a')
+  config, model = checkpoint.load(tmp_path / 'a', mesh=ours.MESH)
+  parameters = params.by_name(model)
+  (bias,) = [name for name in parameters if name.endswith('.selection_bias')]
+  parameters[bias].set_value(parameters[bias].get_value() + jnp.float32(0.501))
+  checkpoint.save(model, config, tmp_path / 'b', dtype='bfloat16')
+  written = [x for name, x in ours.tensors(tmp_path / 'b').items() if 'correction_bias' in name]
+  assert written and all(x.dtype == np.float32 for x in written)
+  _, again = checkpoint.load(tmp_path / 'b', mesh=ours.MESH)
+  found = params.by_name(again)[bias].get_value()
+  np.testing.assert_array_equal(found, parameters[bias].get_value())
+
+
+def test_a_parameter_without_a_place_is_no_checkpoint(tmp_path):
+  """As a head of its own, of a family whose head is the table."""
+  hf = dict(model_type='bert', architectures=['BertForMaskedLM'], vocab_size=67, hidden_size=32)
+  hf |= dict(num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+  ours.build(hf | dict(max_position_embeddings=64), tmp_path / 'bert')
+  config, _ = checkpoint.load(tmp_path / 'bert', mesh=ours.MESH)
+  untied = dataclasses.replace(config, tie_embeddings=False)
+  with jax.set_mesh(ours.MESH):
+    model = jax.jit(transformer.init, static_argnums=(0, 1))(untied, 0)
+  with pytest.raises(ValueError, match='cannot express'):
+    checkpoint.save(model, untied, tmp_path / 'out')
+  with pytest.raises(RuntimeError, match=r'has no place for .*head.tokens'):
+    checkpoint.write_files(model, untied, tmp_path, families.FAMILIES['bert'], 'float32', 9, {})
 
 
 def test_dtypes_that_are_asked_for(llama, capsys):

@@ -2,6 +2,7 @@
 Three dispatches, a loop in numpy, many devices.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,8 +16,9 @@ from flax import nnx
 from hypothesis import given, strategies as st
 from jax.sharding import AxisType
 
+from decode.generating import in_compute_dtype
 from kernels import grouped_matmul_tpu
-from model import moe as moe_module
+from model import moe as moe_module, params, transformer
 from model.config import ModelConfig, MoEConfig
 from model.execution import ExecutionConfig
 from model.moe import MoE, moved, route
@@ -645,6 +647,21 @@ def test_bfloat16_experts_under_an_f32_router(dispatch):
   assert y.dtype == jnp.bfloat16
   close(stats, exact_stats, 1e-6)
   np.testing.assert_allclose(np.asarray(y, np.float32), wanted, atol=0.02 * np.abs(wanted).max())
+
+
+def test_routers_of_who_generates_are_those_of_who_trains():
+  """Scores that bfloat16 would make equal choose as before."""
+  config = make_config('deepseek v3', execution=ExecutionConfig(dtype='bfloat16'))
+  config = dataclasses.replace(config, vocabulary=16, heads=2, layers=2)
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    model = jax.jit(transformer.init, static_argnums=(0, 1))(config, 0)
+    made = params.by_name(in_compute_dtype(model))
+  before = params.by_name(model)
+  wide = [name for name, p in before.items() if p.wide]
+  assert any(name.endswith('.router') for name in wide)
+  for name in wide:
+    assert made[name].get_value().dtype == jnp.float32
+    np.testing.assert_array_equal(made[name].get_value(), before[name].get_value())
 
 
 @pytest.mark.slow

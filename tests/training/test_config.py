@@ -74,6 +74,10 @@ IMPOSSIBLE = {
     {'train': {'patience': 2}},
     ('train.patience=2', 'train.eval_every=0', 'set train.eval_every'),
   ),
+  'patience with a part of the validation': (
+    {'train': {'patience': 2, 'best': 'lowest validation_loss/code'}},
+    ('train.patience=2', 'train.eval_every=0', 'set train.eval_every'),
+  ),
   'no steps': ({'train': {'steps': 0}}, ('train.steps=0', 'train.epochs=0', 'set the other')),
   'no number': ({'objective': {'z_loss': float('nan')}}, ('objective.z_loss=nan', 'at least 0')),
   'seed beyond 32 bits': ({'train': {'seed': 2**32}}, ('train.seed=4294967296', 'below 2**32')),

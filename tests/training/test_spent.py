@@ -46,6 +46,8 @@ def test_what_is_not_trained_has_no_gradient(one_device, tied):
     head = passes(trained=('policy.head.*',))
     assert 1 < head < 2
     table = m.V * m.D
+    # Of a table that is looked up there is no product to leave out.
+    assert passes(frozen=('policy.embedding.*',)) == pytest.approx(3)
     assert (head - 1) / (blocks - 2) == pytest.approx(table / (m.L * per_layer(m)), rel=0.05)
 
 
