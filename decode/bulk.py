@@ -91,7 +91,7 @@ def complete(
   try:
     while True:
       may_join = not rows or len(engine.free) >= enough
-      while due and may_join and (not rows or engine.takes(due[1])):
+      while due and may_join and (not rows or engine.open(due[1])):
         index, request = due
         row = next(iter(engine.open(request)), 0)  # who fits nowhere is refused
         engine.join(row, request)

@@ -160,10 +160,6 @@ class Engine:
     """The free rows that can take a request now."""
     return self.free
 
-  def takes(self, request: Request) -> bool:
-    """Whether there are any."""
-    return bool(self.open(request))
-
   def seat(self) -> list[int]:
     """The rows that write in a chunk which is decoded next."""
     return self.writing
@@ -304,8 +300,7 @@ class Engine:
     return self._prefixes.find(request, self._beside(self.part_of(row)))
 
   def _forget_all(self) -> None:
-    for row in range(self.sizes.rows):
-      self._prefixes.forget(row)
+    self._prefixes.forget_all()
 
   def _begin_unread(self, row: int) -> None:
     """A row is to read its prompt, of which it has nothing."""

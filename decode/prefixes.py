@@ -71,6 +71,11 @@ class Prefixes:
     """What it holds is nobody's."""
     self._marks[row], self._held[row] = [], 0
 
+  def forget_all(self) -> None:
+    """The same of every row; how much they have written stays."""
+    for row in range(self._rows):
+      self.forget(row)
+
   def use(self, row: int) -> None:
     """What it holds is of use, and is not the first to go."""
     self._used[row] = next(self._clock)

@@ -181,7 +181,7 @@ class EngineRows:
     engine.check(request)
 
   def takes(self, request: Request) -> bool:
-    return self._engine.takes(request)
+    return bool(self._engine.open(request))
 
   def choose(self, request: Request) -> int:
     return self._engine.choose(request)
