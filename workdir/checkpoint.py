@@ -166,8 +166,11 @@ class Checkpoints:
       raise ValueError(f'{path} is damaged: {error}') from error
 
   def amend(self, step: int, values: dict) -> None:
-    """Puts other values into the record of `step`. Raises as `record`."""
-    self._write_record(step, self.record(step) | values)
+    """Puts other values into the record of `step`, which stays what others refer to: its arrays
+    are what they were. Raises as `record`.
+    """
+    known_by = {'known_by': self.reference(step)['digest']}
+    self._write_record(step, self.record(step) | values | known_by)
 
   def best(self, among: Iterable[int] | None = None) -> int | None:
     """The step with the lowest cost (of all, or of those given), which is the validation loss, or
@@ -350,9 +353,9 @@ class Checkpoints:
     """What `check` knows a checkpoint by, JSON-able: its directory, step and digest. Raises as
     `record`.
     """
-    self.record(step)
-    sealed = json.loads(self._path(step).with_suffix('.json').read_text())
-    return {'directory': str(self.directory.parent), 'step': step, 'digest': sealed['sha256']}
+    record = self.record(step)
+    digest = record.get('known_by') or _seal(record)['sha256']
+    return {'directory': str(self.directory.parent), 'step': step, 'digest': digest}
 
   def check(self, reference: dict) -> None:
     """Raises ValueError where the checkpoint of a reference is not there, is damaged, or is another

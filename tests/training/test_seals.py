@@ -160,8 +160,16 @@ def test_other_ends_of_texts_are_seen_and_may_be_meant(run):
   (run / GENERATION).write_text('{"eos_token_id": [3]}')
   with pytest.raises(ValueError, match='generation_config.json was changed since checkpoint 4'):
     open_run(run)
-  convert.main(['seal', '--workdir', str(run)])
-  assert open_run(run).tokenizer.generation == {'eos_token_id': [3]}
+  before = Checkpoints(run).reference(4)
+  for _ in range(2):
+    convert.main(['seal', '--workdir', str(run)])
+    assert open_run(run).tokenizer.generation == {'eos_token_id': [3]}
+    # Whoever lies on it, or refers to it, finds it as it was.
+    assert Checkpoints(run).reference(4) == before
+    Checkpoints(run).check(before)
+  Checkpoints(run).amend(4, {'step': 4})
+  with pytest.raises(ValueError, match='its digest was 0000'):
+    Checkpoints(run).check(before | {'digest': '0000'})
 
 
 def test_other_files_under_the_same_key_are_seen(run, corpus):
