@@ -273,6 +273,16 @@ class Checkpoints:
     if not any(name.startswith('models.') for name in saved):
       wanted, only = {_former(name): x for name, x in wanted.items()}, _former(only)
     scope = {name: leaf for name, leaf in saved.items() if not only or name.startswith(only + '.')}
+    # Adafactor's squares of bfloat16 parameters were so once, and are widened.
+    wider = {
+      name: x
+      for name, x in wanted.items()
+      if '.squares.' in name and scope.get(name) == (x.shape, 'bfloat16') != (x.shape, str(x.dtype))
+    }
+    wanted |= {
+      name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding)
+      for name, x in wider.items()
+    }
     wrong = [f'{name}: not in the checkpoint' for name in wanted if name not in scope]
     wrong += [
       f'{name}: in the checkpoint only' for name in scope if name not in wanted and not some
@@ -300,6 +310,7 @@ class Checkpoints:
     for name in alone:
       kept = read(path, {name: wanted[name]}, [name for name in saved if name not in spilled])
       leaves[name] = wanted[name].filled(kept[name])
+    leaves |= {name: _cast(leaves[name], x.dtype) for name, x in wider.items()}
     return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
 
   def model(self, target, step: int | None = None, some: bool = False):
