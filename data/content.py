@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from data.compressed import damaged
+
 BUCKETS = 2**18  # of hashed n-grams
 _WORD = re.compile(r'\w+')
 # Of scripts that put no spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, Japanese,
@@ -83,15 +85,7 @@ def _classifier(path: str, version: tuple[int, int]) -> Callable[[str], float]:
       weights, bias = stored['weights'], float(stored['bias'])
     if weights.shape != (BUCKETS,):
       raise ValueError(f'it has weights of shape {weights.shape}, not {(BUCKETS,)}')
-  except (
-    OSError,
-    KeyError,
-    ValueError,
-    TypeError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-  ) as error:
+  except (*damaged(), zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
     raise ValueError(
       f'clean.classifier={path!r} is no file of python -m data.labels: {error}'
     ) from error

@@ -85,20 +85,22 @@ def complete(
   """
   sizes, waiting = engine.sizes, enumerate(requests)
   enough = max(1, min(sizes.read_rows, sizes.rows // 4))
-  due = next(waiting, None)
+  due: tuple[int, Request] | None = None  # who waits for room
   rows: dict[int, tuple[int, Request, Written]] = {}
   finished: collections.deque[tuple[int, Written]] = collections.deque()
   try:
     while True:
       may_join = not rows or len(engine.free) >= enough
-      while due and may_join and (not rows or engine.open(due[1])):
-        index, request = due
+      while may_join and engine.free:
+        due = due or next(waiting, None)
+        if not due or rows and not engine.open(due[1]):
+          break
+        (index, request), due = due, None
         row = next(iter(engine.open(request)), 0)  # who fits nowhere is refused
         engine.join(row, request)
         fitted = engine.fitted(request)
         cut = fitted.max_new_tokens < request.max_new_tokens
         rows[row] = index, fitted, Written(cut=cut)
-        due = next(waiting, None)
       if not rows:
         return
       # To the end, or until the others have to write on and leave before there is room.

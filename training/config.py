@@ -139,7 +139,7 @@ class TrainConfig:
         'beginning of a text'
       )
     of_task = '/' in self.best and ' validation_' not in self.best
-    if self.patience and not self.eval_every and not of_task:
+    if self.patience and not (self.eval_every or of_task):
       raise ValueError(
         f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set '
         'train.eval_every'

@@ -166,11 +166,13 @@ class Checkpoints:
       raise ValueError(f'{path} is damaged: {error}') from error
 
   def amend(self, step: int, values: dict) -> None:
-    """Puts other values into the record of `step`, which stays what others refer to: its arrays
-    are what they were. Raises as `record`.
+    """Puts other values into the record of `step`. It stays what others refer to, but where its
+    model computes something else now: its arrays are what they were. Raises as `record`.
     """
-    known_by = {'known_by': self.reference(step)['digest']}
-    self._write_record(step, self.record(step) | values | known_by)
+    before = self.record(step)
+    same = _network(before | values) == _network(before)
+    known_by = self.reference(step)['digest'] if same else ''
+    self._write_record(step, before | values | {'known_by': known_by})
 
   def best(self, among: Iterable[int] | None = None) -> int | None:
     """The step with the lowest cost (of all, or of those given), which is the validation loss, or
@@ -273,11 +275,14 @@ class Checkpoints:
     if not any(name.startswith('models.') for name in saved):
       wanted, only = {_former(name): x for name, x in wanted.items()}, _former(only)
     scope = {name: leaf for name, leaf in saved.items() if not only or name.startswith(only + '.')}
-    # Adafactor's squares of bfloat16 parameters were so once, and are widened.
+    # Adafactor's squares of bfloat16 parameters were so once, and are widened; not those on disk.
     wider = {
       name: x
       for name, x in wanted.items()
-      if '.squares.' in name and scope.get(name) == (x.shape, 'bfloat16') != (x.shape, str(x.dtype))
+      if '.squares.' in name
+      and isinstance(x, jax.ShapeDtypeStruct)
+      and x.dtype == jnp.float32
+      and scope.get(name) == (x.shape, 'bfloat16')
     }
     wanted |= {
       name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding)
@@ -475,6 +480,11 @@ def _cast(x: jax.Array, dtype) -> jax.Array:
 def _cost_of(record: dict) -> str:
   """What a checkpoint was judged by."""
   return record['progress'].get('of', LOSS)
+
+
+def _network(record: dict) -> str:
+  """A digest of what the model of a record computes, and not of how."""
+  return files.digest(record.get('config', {}).get('model', {}) | {'execution': None})
 
 
 def _seal(record: dict) -> dict:

@@ -19,7 +19,6 @@ import files
 from data import building, cache
 from data.prepared import Prepared
 from data.said import Said, SaidWriter, WithSaid
-from model.execution import ExecutionConfig
 from parallel import axes, hosts
 from training import state as states
 from training.config import Config
@@ -54,14 +53,11 @@ def kept(config: Config, prepared, workdir, log: Callable[[str], Any]) -> WithSa
       f'{teacher} holds no checkpoint; train with train.py --workdir={teacher} first'
     )
   checkpoint = checkpoints.reference(step)
-  model = states.roles(live)[asked.model].config
-  run = model.execution
+  run = states.roles(live)[asked.model].config.execution
   identity = {
     'rows': prepared.key,
     'files': prepared.files,
     'checkpoint': [checkpoint['step'], checkpoint['digest']],
-    # Of the same arrays, what is computed with them may have been edited, and sealed.
-    'model': repr(dataclasses.replace(model, execution=ExecutionConfig())),
     'asked': asked.key,
     'precision': [run.dtype, run.parameter_dtype],
   }

@@ -167,7 +167,12 @@ def test_other_ends_of_texts_are_seen_and_may_be_meant(run):
     # Whoever lies on it, or refers to it, finds it as it was.
     assert Checkpoints(run).reference(4) == before
     Checkpoints(run).check(before)
-  Checkpoints(run).amend(4, {'step': 4})
+  # But where its model computes something else, though that is meant, too.
+  config = Checkpoints(run).record(4)['config']
+  for name, value, same in (('execution', {'scan': False}, True), ('rope_theta', 7.0, False)):
+    changed = config | {'model': config['model'] | {name: value}}
+    Checkpoints(run).amend(4, {'config': changed})
+    assert (Checkpoints(run).reference(4) == before) == same, name
   with pytest.raises(ValueError, match='its digest was 0000'):
     Checkpoints(run).check(before | {'digest': '0000'})
 
