@@ -9,8 +9,9 @@ from data import packing
 from data.batch import SourceBatch
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.pairs import PairWriter
-from data.records import PairRecord
-from data.tokenizers import build
+from data.prompts import PromptWriter
+from data.records import PairRecord, PromptRecord
+from data.tokenizers import CharTokenizer, build
 from objectives.seq2seq import Seq2Seq
 from objectives.sft import SFT
 
@@ -185,6 +186,14 @@ def test_what_changes_pairs_changes_the_key(tmp_path):
   assert kinds[0].read(given, quiet).key == kinds[0].read(given, quiet).key
 
 
+def test_what_has_no_ids_is_named_with_its_place():
+  tokenizer = CharTokenizer('abc')
+  with pytest.raises(ValueError, match='a.jsonl:7: '):
+    PairWriter(tokenizer).example('a.jsonl:7', PairRecord('a', 'z'))
+  with pytest.raises(ValueError, match='a.jsonl:7: '):
+    PromptWriter(tokenizer).prompt('a.jsonl:7', PromptRecord('z', None, {}))
+
+
 def test_a_prefix_is_encoded_with_what_follows():
   """As generation encodes a prompt that holds both."""
   tokenizer = build(BYTE, (), ())
@@ -201,7 +210,6 @@ def test_a_prefix_is_encoded_with_what_follows():
     ({'objective': SFT()}, "format='pair' is not of the records that objective.kind='sft'"),
     ({'objective': Seq2Seq(prefix='p' * S, too_long='left')}, 'no room for a source behind a pre'),
     ({'data': {'split': 'tail'}}, 'would cut a record in two'),
-    ({'row': {'source': 'a', 'target': '\ud83d'}}, 'jsonl:1: .*half of a surrogate'),
   ],
 )
 def test_what_cannot_be_is_said(tmp_path, change, words):

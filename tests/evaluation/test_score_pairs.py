@@ -65,7 +65,7 @@ def test_eight_devices_say_the_same(name):
 @pytest.mark.slow
 def test_three_devices_say_the_same_of_a_few_long_texts(monkeypatch):
   monkeypatch.setattr(choices, 'LONG', 8)
-  pairs = PAIRS[:5]
+  pairs = [([1, *LONG[i:]], [7, i]) for i in range(5)]
   expected = logs(scored(pairs=pairs))
   np.testing.assert_allclose(logs(scored(pairs=pairs, data=3)), expected, atol=3e-5)
 
