@@ -18,9 +18,10 @@ take two steps with the same pairs, so that it can be seen that the chosen answe
 before the first, and the loss is the same after it.
 
 GRPO: the same prompts, and answers that are all of `--new` tokens (the id that would end one is
-none of the model's); beta 0, one pass over a rollout, a reward of a line. Of generation it is said
-how near it is to where every token reads all weights and what is cached at the memory's bandwidth
-(decode/report.py); with many rows it is the products that take the time.
+none of the model's); beta 0, one pass over a rollout, a reward of a line. Ours learns from a
+group's prompt once (objective.shared_prompts), TRL in a row with each answer. Of generation it is
+said how near it is to where every token reads all weights and what is cached at the memory's
+bandwidth (decode/report.py); with many rows it is the products that take the time.
 """
 
 import argparse

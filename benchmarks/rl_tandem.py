@@ -185,7 +185,12 @@ def grpo(setting: Setting, directory: str) -> dict:
   bandwidth = report.bandwidth()  # first: its array is gone when memory is at its peak
   reward = pathlib.Path(directory) / 'reward.py'
   reward.write_text(REWARD)
-  objective = GRPO(reward=(str(reward),), group=setting.answers, max_new_tokens=setting.new)
+  objective = GRPO(
+    reward=(str(reward),),
+    group=setting.answers,
+    max_new_tokens=setting.new,
+    shared_prompts=True,
+  )
   data = DataConfig(sequence_length=setting.prompt + setting.new, batch_size=setting.batch)
   steps, learning = StepClock(), StepClock()
   with one_device(), tempfile.TemporaryDirectory() as workdir:

@@ -22,7 +22,8 @@ from training.optimizer import OptimizerConfig
 def get_config() -> Config:
   return Config(
     init='runs/tuned',
-    objective=GRPO(reward=('configs/rewards/arithmetic.py',)),
+    # A prompt is read once for its group: with rows split over mesh.context that is False.
+    objective=GRPO(reward=('configs/rewards/arithmetic.py',), shared_prompts=True),
     data=DataConfig(
       sources=(SourceConfig(kind='jsonl', path='questions.jsonl', format='prompt'),),
       # Nothing of a record is masked: a reward wants its numbers as they are.

@@ -16,7 +16,8 @@ rows, then `xla` (docs/measured.md has the figures); else, and on a CPU, `blocke
 gradients are not the same bits every time (kernels.blocks.Blocks has what is), nor are cuDNN's.
 
 Where a mesh splits T, kernels.context calls these backends on each device's part; those of PARTS
-it can put together, on a TPU `pallas_tpu` first.
+it can put together, on a TPU `pallas_tpu` first. Rows that branch (Mask.branches) are two calls
+(kernels/branches.py).
 
 B batch · T query length · S key length · N query heads · K key/value heads · H head width
 """
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import names
-from kernels import blocks as block_sizes, context as cp, flash, reference
+from kernels import blocks as block_sizes, flash, reference
 from kernels.blocks import Blocks
 from kernels.scoring import Scoring
 from parallel import axes as ax, mesh
@@ -47,6 +48,7 @@ HONOURS = {
     'segments',
     'positions',
     'zigzag',
+    'branches',
     'softcap',
     'sinks',
     'relative',
@@ -139,13 +141,16 @@ def attention(
         f'attention on a mesh that splits rows in {ax.size("length")} does not honour dropout; '
         'use other axes, or no dropout of weights'
       )
-    local = cp.Local(
+    local = names.imported('kernels.context.Local')(
       *(
         functools.partial(function, backend=backend, blocks=blocks)
         for function in (attention, part, part_backward)
       )
     )
-    return cp.attention(q, k, v, scoring, local, strategy=context)
+    return names.imported('kernels.context.attention')(q, k, v, scoring, local, strategy=context)
+  if scoring.mask.branches > 1:
+    attend = functools.partial(attention, backend=backend, blocks=blocks)
+    return names.imported('kernels.branches.attention')(q, k, v, scoring, attend)
 
   asked = _asked(q, v, scoring)
   if backend == 'auto':

@@ -1,11 +1,5 @@
-"""How do devices that share a row attend to all of it? Four strategies, each of parts that a
-backend of kernels.attention computes.
-
-`ring`: keys and values travel from device to device while the ones at hand are computed
-(kernels/ring.py). `gather`: every device gets all keys and values. `ulysses`: devices exchange
-tokens for heads, so that each has all tokens of some heads (Jacobs et al., arXiv:2309.14509).
-`ulysses_ring`: as many neighbours as share the key heads evenly do that, and form a ring of groups
-(Fang & Zhao, arXiv:2405.07719).
+"""How do devices that share a row attend to all of it? By the strategies of kernels/strategies.py,
+each of parts that a backend of kernels.attention computes.
 
 Causal work is the same on all devices when rows are laid out zig-zag (`lay_out`,
 kernels.mask.zigzag); rows in another order, or with positions of their own, give the same result
@@ -27,17 +21,10 @@ from jaxtyping import Array, Float
 import names
 from kernels.mask import zigzag
 from kernels.scoring import Scoring
+from kernels.strategies import STRATEGIES
 from parallel import axes as ax
 
 AXIS = ax.RULES['length']
-# Strategy -> what attends to the keys of other groups part by part, imported when it runs; None:
-# whoever needs them gets them all at once.
-STRATEGIES = {
-  'ring': 'kernels.ring.attention',
-  'gather': None,
-  'ulysses': None,
-  'ulysses_ring': 'kernels.ring.attention',
-}
 
 
 class Local(NamedTuple):

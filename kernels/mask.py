@@ -34,6 +34,9 @@ class Mask:
       for which T == S.
     zigzag: n, where rows are laid out as zigzag(T, n) says and positions that are not given follow;
       1: in order.
+    branches: G, where a row is a trunk, of `trunk` tokens, and G parts of equal length behind it,
+      each of which goes on from the trunk and sees no other (kernels/branches.py); positions that
+      are not given follow. 1: it is one text.
 
   Arrays are int32; they are annotated Any because JAX rebuilds registered dataclasses with tracers,
   specs and placeholders.
@@ -44,6 +47,8 @@ class Mask:
   causal: bool = True
   window: int = 0
   zigzag: int = 1
+  branches: int = 1
+  trunk: int = 0
   prefix: Any = None
   query_segments: Any = None
   key_segments: Any = None
@@ -63,6 +68,12 @@ class Mask:
         'prefix loosens causal: without causal every key is seen already; '
         'drop prefix or set causal=True'
       )
+    others = self.fields() - {'window', 'segments'}
+    if self.branches > 1 and others != {'causal', 'branches'}:
+      raise ValueError(
+        f'branches={self.branches} go on from a trunk in order, and causal; this mask is of '
+        f'{sorted(others)}'
+      )
 
   @property
   def positioned(self) -> bool:
@@ -78,6 +89,7 @@ class Mask:
       'segments': self.query_segments is not None,
       'positions': self.query_positions is not None,
       'zigzag': self.zigzag != 1 and self.positioned and self.query_positions is None,
+      'branches': self.branches > 1,
     }
     return {name for name, is_set in named.items() if is_set}
 
@@ -94,9 +106,24 @@ class Mask:
       )
 
     def index(length):
+      if self.branches > 1:
+        return jnp.asarray(self.branched(length)[1], jnp.int32)[None]
       return jnp.asarray(zigzag(length, self.zigzag if T == S else 1), jnp.int32)[None]
 
     return index(T), index(S)
+
+  def branched(self, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which branch each of a row's tokens is of, the trunk's -1, and where in its text it stands.
+
+    Raises ValueError where what is behind the trunk does not split.
+    """
+    if (T - self.trunk) % self.branches or T <= self.trunk:
+      raise ValueError(
+        f'{T} tokens, {self.trunk} of them the trunk, do not split into {self.branches} branches'
+      )
+    place = np.arange(T) - self.trunk
+    length = (T - self.trunk) // self.branches
+    return np.maximum(place // length, -1), self.trunk + np.where(place < 0, place, place % length)
 
   def allowed(self, T: int, S: int) -> Bool[Array, '#B T S']:
     """The dense mask that the spec stands for (True: seen).
@@ -116,6 +143,9 @@ class Mask:
         seen = seen & (k - q < self.window)
     if self.query_segments is not None:
       seen = seen & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
+    if self.branches > 1:
+      of = self.branched(T)[0]
+      seen = seen & ((of == -1) | (of[:, None] == of))[None]
     return seen
 
   def blocks(self, T: int, S: int, rows: int, columns: int):
@@ -174,6 +204,10 @@ class Mask:
       every = every & (np_.arange(every.shape[2]) < every.shape[2] - 1)[None, None]
     return np_.where(every, FULL, np_.where(some, PARTIAL, SKIP)).astype(np.int32)
 
+  def of_segments(self, segments: Int[Array, 'B T'] | None) -> 'Mask':
+    """With those of tokens that look at each other."""
+    return dataclasses.replace(self, query_segments=segments, key_segments=segments)
+
   def block(self, queries: slice, keys: slice) -> 'Mask':
     """The same mask for a block of queries and of keys, of rows in order."""
 
@@ -214,7 +248,7 @@ class Mask:
 jax.tree_util.register_dataclass(
   Mask,
   data_fields=['prefix', 'query_segments', 'key_segments', 'query_positions', 'key_positions'],
-  meta_fields=['causal', 'window', 'zigzag'],
+  meta_fields=['causal', 'window', 'zigzag', 'branches', 'trunk'],
 )
 
 

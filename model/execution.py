@@ -9,8 +9,8 @@ import dataclasses
 
 from kernels.attention import HONOURS
 from kernels.blocks import Blocks
-from kernels.context import STRATEGIES
 from kernels.grouped_matmul import BACKENDS
+from kernels.strategies import STRATEGIES
 from model.parts import check
 from parallel.pipeline import PipelineConfig
 from parallel.remat import POLICIES, Remat

@@ -308,7 +308,7 @@ class Decoder(nnx.Module):
     cache: AnyCache | None = None,
     *,
     types: Int[Array, 'B T'] | None = None,
-    zigzag: int = 1,
+    laid: Mask = Mask(),
     counts: Int[Array, 'B'] | None = None,
     fresh: bool = False,
     rows: Int[Array, 'B'] | None = None,
@@ -322,8 +322,7 @@ class Decoder(nnx.Module):
       cache: what earlier calls left; the row's new tokens follow its cached ones. Not together with
         segments.
       types: rows of the table of token types; default 0.
-      zigzag: n, where all arguments are laid out as kernels.context.lay_out(.., n) does; so are the
-        hidden states then.
+      laid: how all arguments are, and hidden states: a mask's zigzag, branches and trunk.
       counts: with a cache, how many of the tokens are the row's; the others are padding behind
         them, and not kept. Default: all.
       fresh: with a cache, that it is empty: tokens then look at each other as in training, and not
@@ -336,21 +335,21 @@ class Decoder(nnx.Module):
     split = cache is None or (fresh and tokens.shape[1] % ax.size('length') == 0)
     with ax.whole_rows(not split):
       begin = None if cache is None else cache.lengths_of(rows)
-      x, view = self._view(tokens, positions, segments, begin, types, zigzag)
+      x, view = self._view(tokens, positions, segments, begin, types, laid)
       return self.scaled(self.stack(x, view, cache, counts, fresh, rows))
 
-  def _view(self, tokens, positions, segments, begin, types, zigzag=1, encoder=False):
+  def _view(self, tokens, positions, segments, begin, types, laid=Mask(), encoder=False):
     """What the stack is called with: the embedded tokens, and what its layers share.
 
     begin: [B], how many tokens a cache holds of each row; None without.
     """
     config, (B, T) = self.config, tokens.shape
+    longest = laid.trunk + (T - laid.trunk) // laid.branches
     if begin is not None and segments is not None:
       raise ValueError('a cache holds one document a row: segments and cache exclude each other')
-    if config.max_length and T > config.max_length:
-      raise ValueError(
-        f'{T} tokens in a row pass model.max_length={config.max_length}; give fewer, or raise it'
-      )
+    if 0 < config.max_length < longest:
+      limit = f'model.max_length={config.max_length}'
+      raise ValueError(f'{longest} tokens in a row pass {limit}; give fewer, or raise it')
     if types is not None and not config.token_types:
       raise ValueError(
         'token types were given to a model without a table of them; set model.token_types'
@@ -358,9 +357,9 @@ class Decoder(nnx.Module):
     if begin is not None:
       tokens = ax.place(tokens, 'batch', 'length')
     if positions is None:
-      index = jnp.broadcast_to(Mask(zigzag=zigzag).positions(T, T)[0], (B, T))
+      index = jnp.broadcast_to(laid.positions(T, T)[0], (B, T))
       positions = ax.place(index if begin is None else index + begin[:, None], 'batch', 'length')
-    mask = Mask(causal=config.causal, zigzag=zigzag, query_segments=segments, key_segments=segments)
+    mask = dataclasses.replace(laid, causal=config.causal).of_segments(segments)
     with jax.named_scope('embed'):
       x = self.embedding(tokens, positions, types)
     view = View(mask, *self.angles(positions), prefix=self.embedding.prefix(tokens))

@@ -15,6 +15,7 @@ from data.batch import Batch, LabelBatch
 from data.labelled import OVER, LabelLoader, LabelValidation, LabelWriter
 from data.template import CLOZE, PREFIX, Asking, Template, form_of, with_mask
 from kernels import context
+from kernels.mask import Mask
 from objectives.experts import EXPERTS, balance, check_apart
 from objectives.next_token import NextToken, summed_loss
 from objectives.objective import MAIN
@@ -141,7 +142,7 @@ def label_loss(model, batch: LabelBatch):
   parts = context.groups(config.execution.context, config.N, config.K)
   fields = [field.name for field in dataclasses.fields(Batch)]
   plain = context.lay_out(Batch(**{name: getattr(batch, name) for name in fields}), parts)
-  x, _, router = model(plain.tokens, plain.positions, plain.segments, zigzag=parts)
+  x, _, router = model(plain.tokens, plain.positions, plain.segments, laid=Mask(zigzag=parts))
   with jax.named_scope('loss'):
     # All rows say the same of labels.
     words, labels = (ax.place(x, 'batch', None).max(0) for x in (batch.choices, batch.labels))

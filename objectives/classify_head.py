@@ -20,6 +20,7 @@ from data.loader import Loader, ValidationBatches
 from data.shards import Rows
 from data.template import Template
 from kernels import context
+from kernels.mask import Mask
 from model import heads
 from objectives.experts import EXPERTS, balance, routed, router_metrics
 from objectives.next_token import token_metrics
@@ -173,7 +174,7 @@ def head_loss(model, head: heads.Head, batch: Batch):
   config = model.config
   parts = context.groups(config.execution.context, config.N, config.K)
   batch = context.lay_out(batch, parts)
-  x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)
+  x, _, router = model(batch.tokens, batch.positions, batch.segments, laid=Mask(zigzag=parts))
   with jax.named_scope('loss'):
     learned = batch.weights != 0
     # What is not read off is 0: no NaN of padding, whose weight is 0, reaches a slope.

@@ -1,19 +1,22 @@
 """What does a model say of the tokens of a batch? Its last hidden states, and the law of the next
 token that these stand for: what objectives compare models by.
 
-B rows of a batch · T length · D width
+B rows of a batch · T length · A places of a row that meet the head · D width
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels import context
+from kernels.mask import Mask
 from model.logprobs import logprobs
 from model.vocabulary import TOKENS, Law
 from parallel import axes as ax
 
 SOURCES = ('source', 'source_positions', 'source_segments')
+# Logical axes of what there is of a row, of its tokens and of their vectors, on whole rows.
+ROW, PLACES, VECTORS = ('batch',), ('batch', None), ('batch', None, None)
 
 
 def laid_out(model, batch):
@@ -36,7 +39,7 @@ def final(model, batch, parts: int) -> tuple[Float[Array, 'B T D'], dict | None]
   """
   besides = {name: getattr(batch, name) for name in SOURCES if hasattr(batch, name)}
   if not besides:
-    besides = {'zigzag': parts}
+    besides = {'laid': Mask(zigzag=parts)}
   output = model(batch.tokens, batch.positions, batch.segments, **besides)
   return output.hidden, output.router
 
@@ -66,24 +69,37 @@ def target_logprobs(
   if most >= length or parts > 1 or ax.size('length') > 1:
     return logprobs(law(model, x, temperature), targets, weights)
   begins = jnp.minimum((weights > 0).argmax(1), length - most)
+  x = ax.local(lambda x, begins: cut(x, begins, most), (VECTORS, ROW), VECTORS)(
+    ax.place(x, *VECTORS), begins
+  )
+  return logprobs_from(model, x, batch, temperature, begins)
 
-  def cut(whole, begins):
-    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, most))(whole, begins)
 
-  def inside(x, targets, weights, begins):
-    return tuple(cut(whole, begins) for whole in (x, targets, weights))
+def logprobs_from(
+  model, x: Float[Array, 'B A D'], batch, temperature: float, begins: Int[Array, 'B']
+) -> Float[Array, 'B T']:
+  """The same of hidden states of A places of each row, from these on; 0 elsewhere."""
+  targets, weights = batch.targets, batch.weights
+  length, most = targets.shape[1], x.shape[1]
+
+  def inside(targets, weights, begins):
+    return tuple(cut(whole, begins, most) for whole in (targets, weights))
 
   def spread(part, begins):
     zeros = jnp.zeros((part.shape[0], length), part.dtype)
     put = jax.vmap(lambda row, some, at: jax.lax.dynamic_update_slice_in_dim(row, some, at, 0))
     return put(zeros, part, begins)
 
-  begin, row, vector = ('batch',), ('batch', None), ('batch', None, None)
-  arrays = ax.local(inside, (vector, row, row, begin), (vector, row, row))(
-    ax.place(x, *vector), targets, weights, begins
+  targets, weights = (
+    ax.place(places, *TOKENS)
+    for places in ax.local(inside, (PLACES, PLACES, ROW), (PLACES, PLACES))(
+      targets, weights, begins
+    )
   )
-  x, targets, weights = (
-    ax.place(a, *names) for a, names in zip(arrays, ((*TOKENS, 'width'), TOKENS, TOKENS))
-  )
-  found = logprobs(law(model, x, temperature), targets, weights)
-  return ax.local(spread, (row, begin), row)(ax.place(found, *row), begins)
+  scores = logprobs(law(model, ax.place(x, *TOKENS, 'width'), temperature), targets, weights)
+  return ax.local(spread, (PLACES, ROW), PLACES)(ax.place(scores, *PLACES), begins)
+
+
+def cut(x: Array, begins: Int[Array, 'B'], most: int) -> Array:
+  """Of [B, T, ..] so many places of each row, from these on."""
+  return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, most))(x, begins)

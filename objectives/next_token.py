@@ -13,6 +13,7 @@ from data import loader
 from data.batch import Batch
 from data.prepare import prepare
 from kernels import context
+from kernels.mask import Mask
 from model import loss
 from model.transformer import Decoder
 from objectives import pipelined
@@ -133,7 +134,7 @@ def losses(
       )
 
   def apart(model, batch):
-    x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)
+    x, _, router = model(batch.tokens, batch.positions, batch.segments, laid=Mask(zigzag=parts))
     total, sums = score(model, x, batch)
     return total, balance(router), sums | (router or {})
 

@@ -79,7 +79,7 @@ class Objective:
       and generation opens.
     aside: names of models that nothing but training needs, a critic: a merged run has none.
     rows: rows of a batch that make up one record (a pair: 2, a group: its size). They follow one
-      another, and stay together.
+      another, and stay together. whole_rows: whether a mesh may not split rows along their length.
     of_records: whether it tunes on records, whose ids are to be those that the model knows.
     completed_by: name of the function (config, prepared, directory of the run, log) -> prepared
       data that adds what batches need of the run's models, on its mesh; '': none does.
@@ -98,6 +98,7 @@ class Objective:
   main = MAIN
   aside = ()
   rows = 1
+  whole_rows = False
   of_records = False
   completed_by = ''
   frozen_passes = 1.0

@@ -53,6 +53,7 @@ class OfOwnText(Objective):
   reward_timeout = missing_end = stop_kl = 0.0
   reward_scale = ''
   group = 1  # answers to a prompt
+  shared_prompts = False  # whether a model reads the prompt of a group once
   resamplings = 0  # of groups that teach nothing
   masked = False  # whether what did not end by itself counts nowhere
   of_sources, prefix = False, ''  # whether an encoder reads prompts; text in front of each
@@ -154,10 +155,17 @@ class OfOwnText(Objective):
 
   def _targets(self, model, batch) -> Float[Array, 'B T']:
     """In order, whatever the layout that the mesh computes in."""
+    if self.shared_prompts:
+      return self._of_groups(model, batch)[0]
     batch, parts = laid_out(model, batch)
     x, _ = final(model, batch, parts)
     scores = target_logprobs(model, x, batch, self.temperature, self.max_new_tokens, parts)
     return context.in_order(scores, parts)
+
+  def _of_groups(self, model, batch) -> tuple[Float[Array, 'B T'], dict | None]:
+    """The same, of prompts that are read once, and what the router reports."""
+    of_targets = names.imported('objectives.shared_prompts.target_logprobs')
+    return of_targets(model, batch, self.group, self.temperature, self.max_new_tokens)
 
   def credited(
     self, batch: RolloutBatch, said: dict[str, np.ndarray], coefficient: float

@@ -51,12 +51,7 @@ def _forward(model, batch, zigzag, score):
     return rest.embedding(part.tokens, part.positions, None)
 
   def layers(blocks, x, part):
-    mask = Mask(
-      causal=model.config.causal,
-      zigzag=zigzag,
-      query_segments=part.segments,
-      key_segments=part.segments,
-    )
+    mask = Mask(causal=model.config.causal, zigzag=zigzag).of_segments(part.segments)
     x, _, reports = model.stack.scan(blocks, x, View(mask, *model.angles(part.positions)))
     losses = (
       value.sum() for report in reports for name, value in report.items() if name.endswith('loss')

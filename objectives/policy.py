@@ -66,7 +66,8 @@ VARIANTS = {
 
 class Reading(NamedTuple):
   """Attributes:
-  batch: laid out in `parts` (objectives/laws.py). hidden: final states of the policy, [B, T, D].
+  batch: laid out in `parts` (objectives/laws.py). hidden: final states of the policy, [B, T, D];
+    None where prompts are shared.
   log_ratio: how many nats likelier it finds each target than who wrote it, [B, T], 0 where none
     counts. router: what experts report, or None.
   """
@@ -273,6 +274,8 @@ class GRPO(OfRollouts):
     unended: whether an answer that did not end by itself is 'learned' from or 'masked'.
     reward_scale: '': several rewards are added as they are; 'group': each over its mean and
       deviation in the group, first.
+    shared_prompts: whether models that learn from a group, or score it, read its prompt once, with
+      all answers behind it (objectives/shared_prompts.py). A group then stays in one batch.
   """
 
   kind: str = 'grpo'
@@ -282,6 +285,7 @@ class GRPO(OfRollouts):
   resamplings: int = 0
   unended: str = LEARNED
   reward_scale: str = AS_IS
+  shared_prompts: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -293,6 +297,24 @@ class GRPO(OfRollouts):
   @property
   def masked(self) -> bool:
     return self.unended == MASKED
+
+  @property
+  def rows(self) -> int:
+    return self.group if self.shared_prompts else 1
+
+  @property
+  def whole_rows(self) -> bool:
+    return self.shared_prompts
+
+  def forward_flops(self, network, config, document_length):
+    each = super().forward_flops(network, config, document_length)
+    if not self.shared_prompts:
+      return each
+    # What the head meets is the same.
+    length, most = config.sequence_length, self.max_new_tokens
+    scored = most / length * 2 * network.D * network.V
+    of_places = names.imported('objectives.shared_prompts.share')(self.group, length, most)
+    return of_places * (each - scored) + scored
 
   def credited(self, batch, said, coefficient):
     del coefficient
@@ -316,8 +338,20 @@ class GRPO(OfRollouts):
     }
     return {
       POLICY: counts[VARIANTS[self.variant].counts],
-      EXPERTS: routed(self.tokens(batch)),
+      EXPERTS: routed(self._routed_tokens(batch)),
     }
+
+  def _routed_tokens(self, batch):
+    if not self.shared_prompts:
+      return self.tokens(batch)
+    return names.imported('objectives.shared_prompts.routed_tokens')(batch, self.group)
+
+  def score_policy(self, models, batch):
+    if not self.shared_prompts:
+      return super().score_policy(models, batch)
+    policy, router = self._of_groups(models[MAIN], batch)
+    log_ratio = jnp.where(batch.weights > 0, policy - batch.behaviour, 0)
+    return Reading(batch, 1, None, log_ratio, router)
 
   def sums(self, models, batch):
     batch, _, _, log_ratio, router = self.score_policy(models, batch)

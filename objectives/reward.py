@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 import names
 from data.preferences import ChoiceBatch
 from data.rewarded import RewardedSettings
+from kernels.mask import Mask
 from model import heads
 from objectives.answers import OfChoices, by_pairs, pairs_of
 from objectives.classify_head import FIRST, HEAD, LAST, check_head, unscored
@@ -135,7 +136,7 @@ def rewards_of(
   """Rewards of a batch's answers, laid out in these parts, 0 where there is none; what experts
   report.
   """
-  x, _, router = model(batch.tokens, batch.positions, batch.segments, zigzag=parts)
+  x, _, router = model(batch.tokens, batch.positions, batch.segments, laid=Mask(zigzag=parts))
   with jax.named_scope('loss'):
     # What is not read off is 0: no NaN of padding, whose weight is 0, reaches a slope.
     x = jnp.where((batch.weights != 0)[..., None], x, 0)

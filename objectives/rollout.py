@@ -247,6 +247,8 @@ class Rollouts:
       'objective.max_new_tokens': self._settings.max_new_tokens,
       # At which the law was that its answers were drawn from.
       'objective.temperature': self._settings.temperature,
+      # Whose groups stay together; others need not.
+      **({'objective.shared_prompts': True} if self._settings.shared_prompts else {}),
       **self._form.sizes,
     }
 
@@ -277,10 +279,10 @@ class Rollouts:
     self._coefficient = more.pop('next_coefficient', self._coefficient)
 
     orders = np.random.default_rng([self._stage.seed, 1, self._rollouts])
-    R = len(batch.tokens)
+    records = np.arange(len(batch.tokens)).reshape(-1, settings.rows)
     self._batch, self._left = batch, []
     for epoch in range(settings.epochs):
-      order = orders.permutation(R) if settings.minibatches > 1 else np.arange(R)
+      order = orders.permutation(records) if settings.minibatches > 1 else records
       self._left += order.reshape(-1, B).tolist()
     self._rollouts += 1
 

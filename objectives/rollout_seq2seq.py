@@ -32,6 +32,11 @@ class OfOwnTargets(OfOwnText):
   def __post_init__(self):
     super().__post_init__()
     in_utf8(self.prefix)
+    if self.shared_prompts:
+      raise NotImplementedError(
+        f'objective.shared_prompts=True with objective.kind={self.kind!r}, whose encoder reads a '
+        'prompt for each target: set it to False'
+      )
 
   def _check_network(self, name, network):
     if not network.encoder_layers:

@@ -255,14 +255,22 @@ class Config:
   def check_mesh(self, sizes: dict[str, int]) -> None:
     """Raises ValueError when an array cannot be split evenly over a mesh of these sizes."""
     rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
-    micro = self.data.batch_size // self.train.accumulation
-    if micro % rows:
+    micro, records = self.data.batch_size // self.train.accumulation, self.objective.rows
+    if micro % (rows * records):
+      of_rows = f' of {records} rows each, which stay together,' if records > 1 else ''
       raise ValueError(
         f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.'
-        f'accumulation={self.train.accumulation}) does not split over {rows} devices (mesh data '
-        f'{sizes["data"]} x fsdp {sizes["fsdp"]} x expert {sizes["expert"]}); make it a multiple'
+        f'accumulation={self.train.accumulation}){of_rows} does not split over {rows} devices '
+        f'(mesh data {sizes["data"]} x fsdp {sizes["fsdp"]} x expert {sizes["expert"]}); make it a '
+        f'multiple of {rows * records}'
+      )
+    if self.objective.whole_rows and sizes['context'] > 1:
+      raise NotImplementedError(
+        f'mesh.context={sizes["context"]} splits rows, and objective.shared_prompts=True has some '
+        'of several answers; use other axes of the mesh, or set it to False'
       )
     m, tensor, stages = self.model, sizes['tensor'], sizes['stage']
+    micro //= records if self.objective.whole_rows else 1  # rows that a model reads
     if stages > 1 and self.train.offload_parameters:
       raise NotImplementedError(
         'train.offload_parameters brings layers to the device one by one, a stage of a pipeline '

@@ -14,6 +14,7 @@ from kernels import attention as dispatch, context, ring
 from kernels.attention import attention
 from kernels.mask import Mask, Relative, zigzag
 from kernels.scoring import Scoring
+from kernels.strategies import STRATEGIES
 from model import transformer
 from model.config import ModelConfig
 from model.execution import ExecutionConfig
@@ -225,7 +226,7 @@ MASKS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'strategy, mask, index',
-  [(*case, i) for i, case in enumerate(itertools.product(context.STRATEGIES, MASKS))],
+  [(*case, i) for i, case in enumerate(itertools.product(STRATEGIES, MASKS))],
   ids=str,
 )
 def test_every_strategy_honours_every_feature(strategy, mask, index):

@@ -255,14 +255,18 @@ def test_trains_like_adam(monkeypatch):
   def mean(losses):
     return np.exp(np.log(losses).mean())
 
+  def like_adam(losses):
+    return losses[-1] < 1.05 * adam[-1] and mean(losses) < 1.05 * mean(adam)
+
   adam = train(optax.scale_by_adam(0.9, 0.95, 1e-8))
   ours = train(scale_by_adam8bit(0.9, 0.95, 1e-8, True))
   print(f'loss of f32 Adam {adam[-1]:.6f}, 8-bit {ours[-1]:.6f}')
-  assert adam[-1] < 0.05 and ours[-1] < 1.05 * adam[-1] and mean(ours) < 1.05 * mean(adam)
+  assert adam[-1] < 0.05 and like_adam(ours)
 
-  # Planted fault: a linear scale that flushes small second moments, and updates explode. Whether
-  # the last steps, which are short, recover from it is rounding's choice: all steps are compared.
-  # (One that does not flush, as quantize takes care of, only makes short steps.)
+  # Planted fault: a linear scale that flushes small second moments, and updates explode. How far
+  # steps recover from that is rounding's choice, to a mean of 1.9 times Adam's on one processor, of
+  # more than twice on another: no more is asked than that the law tells it. (One that does not
+  # flush, as quantize takes care of, only makes short steps.)
   def quantize_linear(x, signed):
     largest = adam8bit._largest_per_block(x)
     fraction = x / jnp.maximum(adam8bit._per_element(largest, x), 1e-30)
@@ -276,7 +280,7 @@ def test_trains_like_adam(monkeypatch):
   monkeypatch.setattr(adam8bit, 'decode', decode_linear)
   linear = train(scale_by_adam8bit(0.9, 0.95, 1e-8, True))
   print(f'linear: last {linear[-1]:.6f}, mean {mean(linear):.6f} beside {mean(adam):.6f}')
-  assert not mean(linear) < 2 * mean(adam)
+  assert not like_adam(linear)
 
 
 def test_quantized_state_is_a_pytree():

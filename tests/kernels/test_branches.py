@@ -1,0 +1,114 @@
+"""Is a row that branches what rows of one text each are, for every backend, mask and mesh?"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import reference
+from kernels.attention import attention
+from kernels.draws import Dropout
+from kernels.mask import Mask, Relative
+from kernels.scoring import Scoring
+from parallel.mesh import MeshConfig, make_mesh
+
+R, N, K, H, P, G, A = 2, 4, 2, 8, 5, 3, 4
+T = P + G * A
+
+
+def operands(rows=R):
+  keys = jax.random.split(jax.random.key(0), 3)
+  return [jax.random.normal(key, (rows, T, heads, H)) for key, heads in zip(keys, (N, K, K))]
+
+
+def scoring(name):
+  extra = {
+    'window': {'mask': Mask(window=6)},
+    'softcap': {'softcap': 2.0},
+    'sinks': {'sinks': jnp.linspace(-1, 1, N)},
+    'relative': {
+      'relative': Relative(table=jnp.ones((8, N)).cumsum(0), bidirectional=False, max_distance=6)
+    },
+  }.get(name, {})
+  made = Scoring(scale=H**-0.5, **extra)
+  mask = dataclasses.replace(made.mask, branches=G, trunk=P)
+  if name == 'padded':
+    # A trunk is filled up before its tokens, a branch behind them.
+    real = np.ones((R, T), np.int32)
+    real[0, :2], real[1, -2:] = 0, 0
+    mask = mask.of_segments(jnp.asarray(real))
+  return dataclasses.replace(made, mask=mask)
+
+
+def rows_of_one_text(x):
+  """[R, T, ..] as [R, G, P + A, ..]."""
+  own = x[:, P:].reshape(R, G, A, *x.shape[2:])
+  return jnp.concatenate([jnp.broadcast_to(x[:, None, :P], (R, G, *x[0, :P].shape)), own], 2)
+
+
+@pytest.mark.parametrize('name', ['plain', 'window', 'softcap', 'sinks', 'relative', 'padded'])
+@pytest.mark.parametrize('backend', ['reference', 'blocked', 'auto'])
+def test_rows_that_branch_are_rows_of_one_text(name, backend):
+  q, k, v = operands()
+  asked = scoring(name)
+  out, lse = attention(q, k, v, asked, backend=backend)
+  flat = (rows_of_one_text(x).reshape(R * G, P + A, *x.shape[2:]) for x in (q, k, v))
+  mask = dataclasses.replace(asked.mask, branches=1, trunk=0)
+  if mask.query_segments is not None:
+    segments = rows_of_one_text(mask.query_segments).reshape(R * G, P + A)
+    mask = mask.of_segments(segments)
+  expected = reference.attention(*flat, dataclasses.replace(asked, mask=mask))
+  for ours, theirs in zip((out, lse), expected):
+    theirs = theirs.reshape(R, G, P + A, *theirs.shape[2:])
+    np.testing.assert_allclose(ours[:, :P], theirs[:, 0, :P], atol=1e-5)
+    own = theirs[:, :, P:].reshape(R, G * A, *theirs.shape[3:])
+    np.testing.assert_allclose(ours[:, P:], own, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['plain', 'window', 'relative', 'padded'])
+def test_the_dense_mask_says_the_same(name):
+  """And gradients, of the trunk's keys from all that looks at them."""
+  q, k, v = operands()
+  asked = scoring(name)
+  weights = jax.random.normal(jax.random.key(1), (R, T, N, H))
+
+  def total(attend):
+    return lambda *x: (attend(*x, asked)[0] * weights).sum()
+
+  ours = jax.value_and_grad(total(attention), (0, 1, 2))(q, k, v)
+  expected = jax.value_and_grad(total(reference.attention), (0, 1, 2))(q, k, v)
+  for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(x, y, atol=1e-4)
+
+
+def test_on_meshes():
+  q, k, v = operands(4)
+  asked = scoring('plain')
+  expected = attention(q, k, v, asked)
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+  with jax.set_mesh(mesh):
+    layout = jax.NamedSharding(mesh, jax.P(('data', 'fsdp'), None, 'tensor'))
+    split = [jax.device_put(x, layout) for x in (q, k, v)]
+    out, lse = jax.jit(lambda q, k, v: attention(q, k, v, asked))(*split)
+  np.testing.assert_allclose(out, expected[0], atol=1e-5)
+  np.testing.assert_allclose(lse, expected[1], atol=1e-5)
+
+
+def test_what_does_not_branch_is_refused():
+  q, k, v = operands()
+  with pytest.raises(ValueError, match='17 tokens, 4 of them the trunk, do not split into 3'):
+    attention(q, k, v, Scoring(Mask(branches=3, trunk=4)))
+  with pytest.raises(ValueError, match=r"in order, and causal; this mask is of \['branches'\]"):
+    Mask(branches=2, causal=False)
+  at = jnp.arange(T)[None]
+  with pytest.raises(ValueError, match="this mask is of .*'positions'"):
+    Mask(branches=2, query_positions=at, key_positions=at)
+  drops = Dropout(keys=jnp.zeros((R, 2), jnp.uint32), rate=0.5)
+  with pytest.raises(NotImplementedError, match='does not honour dropout'):
+    attention(q, k, v, Scoring(Mask(branches=G, trunk=P), dropout=drops))
+  with pytest.raises(NotImplementedError, match=r"'blocked' does not honour \['branches'\]"):
+    from kernels.attention import check
+
+    check('blocked', Mask(branches=G, trunk=P).fields())
