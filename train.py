@@ -38,7 +38,7 @@ from training.state import TrainState
 from workdir import seals
 from workdir.checkpoint import Checkpoints
 from workdir.frozen import Frozen, begin
-from workdir.progress import Progress, check_finite, cost_of
+from workdir.progress import LOSS, Progress, check_finite, cost_of
 from workdir.watch import Watch
 
 CONFIG = overrides.define_flag()
@@ -376,6 +376,8 @@ def train(
   # before it is known to fit.
   checkpoints = Checkpoints(workdir, config.train.keep_last, log, timeout=config.train.save_timeout)
   with mendable():
+    if config.train.best != LOSS:
+      names.imported('training.best.check')(config, prepared, feed.put, target)
     begun = beginning(config, workdir, checkpoints, make_state, target, feed, allow_change, log)
 
   # 6. Steps, watched; a signal ends them after the one in flight.

@@ -59,7 +59,7 @@ def make_evaluate(config: Config, prepared, put):
       sums[source] = eval_step(models, batch, before)
       # One batch ahead; with hundreds, XLA's virtual devices on a CPU wait for each other for good.
       jax.block_until_ready(before)
-    verdict = _verdict(objective, prepared, jax.device_get(sums))
+    verdict = verdict_of(objective, prepared, jax.device_get(sums))
     if batches or jax.process_index():
       return verdict
     return verdict | {f'{name}_bits_per_byte': value for name, value in baselines().items()}
@@ -81,7 +81,7 @@ def _in_turn(parts: Mapping[str, Iterable]) -> Iterator[tuple[str, Any]]:
         yield name, batch
 
 
-def _verdict(objective, prepared, sums: dict[str, Mapping]) -> dict[str, float]:
+def verdict_of(objective, prepared, sums: dict[str, Mapping]) -> dict[str, float]:
   """What the objective says of all sources together, and of each where there are several."""
   sums = {source: {name: float(x) for name, x in of.items()} for source, of in sums.items()}
   total = {name: sum(of[name] for of in sums.values()) for name in next(iter(sums.values()))}

@@ -123,11 +123,11 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowe
   state = abstract_state(config, mesh)
   config = config.resolve(config.model.vocabulary)
   with jax.set_mesh(mesh):
-    batch = jax.tree.map(lambda x: _placed(x, config), config.objective.batch_like(config.data))
+    batch = jax.tree.map(lambda x: placed(x, config), config.objective.batch_like(config.data))
     return make_program(config)[1].lower(state, batch), state
 
 
-def _placed(x: jax.ShapeDtypeStruct, config: Config) -> jax.ShapeDtypeStruct:
+def placed(x: jax.ShapeDtypeStruct, config: Config) -> jax.ShapeDtypeStruct:
   """An array of a batch as hosts.RowShards lays it out on the mesh in context."""
   by_length = x.shape == (config.data.batch_size, config.data.sequence_length)
   spec = axes.spec('batch', *('length',) * by_length)
