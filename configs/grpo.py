@@ -22,7 +22,8 @@ from training.optimizer import OptimizerConfig
 def get_config() -> Config:
   return Config(
     init='runs/tuned',
-    # A prompt is read once for its group: with rows split over mesh.context that is False.
+    # A prompt is read once for its group, which is then on one device: False for more devices than
+    # a batch has groups, and where mesh.context splits rows.
     objective=GRPO(reward=('configs/rewards/arithmetic.py',), shared_prompts=True),
     data=DataConfig(
       sources=(SourceConfig(kind='jsonl', path='questions.jsonl', format='prompt'),),

@@ -4,8 +4,8 @@
 
 The trunk looks at itself. A branch looks at the trunk and at itself, as in a row of its own behind
 a copy of the trunk's keys and values: two calls of whatever backend, none of which knows of
-branches. Scores are as many as in rows that have a whole text each; what a model does to single
-tokens, most of its work, is done to the trunk once and not G times.
+branches. Scores are those of rows that have a whole text each, but for the trunk's own, which are
+made once; so is what a model does to single tokens, most of its work.
 
 R rows · P tokens of a trunk · G branches · A tokens of a branch · N query heads · K key/value heads
 · H head width

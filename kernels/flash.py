@@ -49,7 +49,10 @@ def attention(backend: str, q, k, v, scoring: Scoring, *, blocks: Blocks):
   def heads_of(name):
     return ('batch', 'length', name, 'head_width')
 
-  of_array = {name: ('batch', 'length')[: x.ndim] for name, x in arrays.items()}
+  # Positions may be those of every row.
+  of_array = {
+    name: ('batch' if len(x) == len(q) else None, 'length')[: x.ndim] for name, x in arrays.items()
+  }
   k_heads = ax.whole_or('kv_heads', k.shape[2])
   inputs = (
     heads_of('heads'),

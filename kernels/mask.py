@@ -68,6 +68,8 @@ class Mask:
         'prefix loosens causal: without causal every key is seen already; '
         'drop prefix or set causal=True'
       )
+    if self.trunk and self.branches == 1:
+      raise ValueError(f'trunk={self.trunk} is what branches go on from: give branches, too')
     others = self.fields() - {'window', 'segments'}
     if self.branches > 1 and others != {'causal', 'branches'}:
       raise ValueError(
@@ -157,6 +159,7 @@ class Mask:
     skipped, and a FULL one has no key that is not; the last block of keys is at most PARTIAL where
     S does not fill it. Raises ValueError as positions() does.
     """
+    assert self.branches == 1, 'rows that branch are two calls (kernels/branches.py)'
     given = any(x is not None for x in (self.query_positions, self.query_segments, self.prefix))
     np_ = jnp if given else np
 

@@ -79,7 +79,8 @@ class Objective:
       and generation opens.
     aside: names of models that nothing but training needs, a critic: a merged run has none.
     rows: rows of a batch that make up one record (a pair: 2, a group: its size). They follow one
-      another, and stay together. whole_rows: whether a mesh may not split rows along their length.
+      another, and stay together. record: what errors call that. joined: how many rows of a batch a
+      model reads as one.
     of_records: whether it tunes on records, whose ids are to be those that the model knows.
     completed_by: name of the function (config, prepared, directory of the run, log) -> prepared
       data that adds what batches need of the run's models, on its mesh; '': none does.
@@ -98,7 +99,8 @@ class Objective:
   main = MAIN
   aside = ()
   rows = 1
-  whole_rows = False
+  record = 'a record'
+  joined = 1
   of_records = False
   completed_by = ''
   frozen_passes = 1.0
@@ -141,6 +143,11 @@ class Objective:
     the run at `init` ('': with none), or under this adapter.
     """
 
+  def check_mesh(self, config: DataConfig, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError or NotImplementedError where what it makes of rows does not split over a
+    mesh of these sizes.
+    """
+
   # 2. Batches.
 
   def read(self, config: DataConfig, log: Callable[[str], Any]) -> Any:
@@ -171,7 +178,7 @@ class Objective:
     """
     raise NotImplementedError
 
-  def row_tokens(self, config: DataConfig) -> int:
+  def row_tokens(self, config: DataConfig) -> float:
     """Of a row without padding, as `tokens` counts them."""
     return config.sequence_length
 

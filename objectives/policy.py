@@ -275,7 +275,8 @@ class GRPO(OfRollouts):
     reward_scale: '': several rewards are added as they are; 'group': each over its mean and
       deviation in the group, first.
     shared_prompts: whether models that learn from a group, or score it, read its prompt once, with
-      all answers behind it (objectives/shared_prompts.py). A group then stays in one batch.
+      all answers behind it (objectives/shared_prompts.py). A group then stays in one batch, and
+      what balances experts weighs a prompt once.
   """
 
   kind: str = 'grpo'
@@ -303,18 +304,31 @@ class GRPO(OfRollouts):
     return self.group if self.shared_prompts else 1
 
   @property
-  def whole_rows(self) -> bool:
-    return self.shared_prompts
+  def record(self) -> str:
+    return f'a group of objective.group={self.group}, of objective.shared_prompts=True'
+
+  @property
+  def joined(self) -> int:
+    return self.rows
+
+  def check_mesh(self, config, sizes):
+    if self.shared_prompts:
+      names.imported('objectives.shared_prompts.check_mesh')(self, config, sizes)
 
   def forward_flops(self, network, config, document_length):
-    each = super().forward_flops(network, config, document_length)
     if not self.shared_prompts:
-      return each
-    # What the head meets is the same.
-    length, most = config.sequence_length, self.max_new_tokens
-    scored = most / length * 2 * network.D * network.V
-    of_places = names.imported('objectives.shared_prompts.share')(self.group, length, most)
-    return of_places * (each - scored) + scored
+      return super().forward_flops(network, config, document_length)
+    return names.imported('objectives.shared_prompts.forward_flops')(self, network, config)
+
+  def tokens(self, batch):
+    if not self.shared_prompts:
+      return super().tokens(batch)
+    return names.imported('objectives.shared_prompts.tokens')(batch, self.group)
+
+  def row_tokens(self, config):
+    if not self.shared_prompts:
+      return super().row_tokens(config)
+    return names.imported('objectives.shared_prompts.places')(self, config) / self.group
 
   def credited(self, batch, said, coefficient):
     del coefficient
@@ -338,13 +352,8 @@ class GRPO(OfRollouts):
     }
     return {
       POLICY: counts[VARIANTS[self.variant].counts],
-      EXPERTS: routed(self._routed_tokens(batch)),
+      EXPERTS: routed(self.tokens(batch)),
     }
-
-  def _routed_tokens(self, batch):
-    if not self.shared_prompts:
-      return self.tokens(batch)
-    return names.imported('objectives.shared_prompts.routed_tokens')(batch, self.group)
 
   def score_policy(self, models, batch):
     if not self.shared_prompts:

@@ -247,8 +247,8 @@ class Rollouts:
       'objective.max_new_tokens': self._settings.max_new_tokens,
       # At which the law was that its answers were drawn from.
       'objective.temperature': self._settings.temperature,
-      # Whose groups stay together; others need not.
-      **({'objective.shared_prompts': True} if self._settings.shared_prompts else {}),
+      # Of which all answers stay together, where their prompt is shared.
+      **({'objective.group': self._settings.group} if self._settings.shared_prompts else {}),
       **self._form.sizes,
     }
 

@@ -10,11 +10,16 @@ B rows of a batch, an answer in each, groups of G side by side · R = B / G grou
 · A places of an answer · P = T - A of a prompt
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from data.config import DataConfig
 from kernels.mask import Mask
+from model import flops
+from model.config import ModelConfig
 from objectives.laws import PLACES, ROW, VECTORS, cut, logprobs_from
 from objectives.rollout_rows import RolloutBatch
 from parallel import axes as ax
@@ -49,21 +54,51 @@ def target_logprobs(
     return logprobs_from(model, x, batch, temperature, begins), output.router
 
 
-def routed_tokens(batch: RolloutBatch, group: int) -> Int[Array, '']:
-  """How many tokens without padding the shared rows of a whole batch have."""
+def tokens(batch: RolloutBatch, group: int) -> Int[Array, '']:
+  """How many without padding the shared rows of a whole batch have."""
   begins = _begins(batch).reshape(-1, group)
   return jnp.count_nonzero(batch.segments) - begins[:, 1:].sum()
 
 
-def share(group: int, length: int, most: int) -> float:
-  """Of the places of a batch those that its shared rows have."""
-  return (length - most + group * most) / (group * length)
+def places(objective, config: DataConfig) -> int:
+  """Tokens of a shared row, P + G A."""
+  return config.sequence_length + (objective.group - 1) * objective.max_new_tokens
+
+
+def forward_flops(objective, network: ModelConfig, config: DataConfig) -> float:
+  """FLOPs of a forward pass for each token of shared rows without padding: of a branch those of a
+  row of its own, less those of its trunk. The head meets the answers only.
+  """
+  T, G, A = config.sequence_length, objective.group, objective.max_new_tokens
+  head = 2 * network.D * network.V
+
+  def of_text(length):
+    return length * (flops.forward_flops_per_token(network, length) - head)
+
+  trunk = of_text(T - A)
+  return (trunk + G * (of_text(T) - trunk + A * head)) / places(objective, config)
+
+
+def check_mesh(objective, config: DataConfig, sizes: Mapping[str, int]) -> None:
+  """Raises NotImplementedError where a mesh splits rows, ValueError where it cannot."""
+  length, tensor = places(objective, config), sizes['tensor']
+  if sizes['context'] > 1:
+    raise NotImplementedError(
+      f'mesh.context={sizes["context"]} splits rows, and with objective.shared_prompts=True they '
+      'are of several answers; use other axes of the mesh, or set it to False'
+    )
+  if length % tensor:
+    raise ValueError(
+      f'with objective.shared_prompts=True a prompt and its {objective.group} answers are {length} '
+      f'tokens, which do not split over mesh.tensor={tensor}; make objective.max_new_tokens a '
+      'multiple, or set it to False'
+    )
 
 
 def _begins(batch) -> Int[Array, 'B']:
   """Where the target is the first token of a row's answer; 0 of a row of padding."""
   last, lengths = batch.last.argmax(1), batch.lengths.max(1).astype(jnp.int32)
-  return jnp.maximum(last - lengths + 1, 0)
+  return jnp.where(lengths > 0, last - lengths + 1, 0)
 
 
 def _joined(tokens, segments, begins, group, trunk, most):

@@ -188,8 +188,8 @@ class Config:
     if B // self.train.accumulation % rows:
       raise ValueError(
         f'data.batch_size={B} with train.accumulation={self.train.accumulation} does not fall into '
-        f'whole records of {rows} rows (objective.kind={self.objective.kind!r}); make the batch a '
-        f'multiple of {rows * self.train.accumulation}'
+        f'whole records of {rows} rows ({self.objective.record}); make the batch a multiple of '
+        f'{rows * self.train.accumulation}'
       )
     if rows > 1 and self.model.execution.pipeline.schedule == '1f1b':
       raise NotImplementedError(
@@ -257,28 +257,24 @@ class Config:
     rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
     micro, records = self.data.batch_size // self.train.accumulation, self.objective.rows
     if micro % (rows * records):
-      of_rows = f' of {records} rows each, which stay together,' if records > 1 else ''
+      together = f', {records} of which are {self.objective.record},' if records > 1 else ''
       raise ValueError(
         f'a microbatch of {micro} sequences (data.batch_size={self.data.batch_size} / train.'
-        f'accumulation={self.train.accumulation}){of_rows} does not split over {rows} devices '
+        f'accumulation={self.train.accumulation}){together} does not split over {rows} devices '
         f'(mesh data {sizes["data"]} x fsdp {sizes["fsdp"]} x expert {sizes["expert"]}); make it a '
         f'multiple of {rows * records}'
       )
-    if self.objective.whole_rows and sizes['context'] > 1:
-      raise NotImplementedError(
-        f'mesh.context={sizes["context"]} splits rows, and objective.shared_prompts=True has some '
-        'of several answers; use other axes of the mesh, or set it to False'
-      )
+    self.objective.check_mesh(self.data, sizes)
     m, tensor, stages = self.model, sizes['tensor'], sizes['stage']
-    micro //= records if self.objective.whole_rows else 1  # rows that a model reads
+    read = micro // self.objective.joined
     if stages > 1 and self.train.offload_parameters:
       raise NotImplementedError(
         'train.offload_parameters brings layers to the device one by one, a stage of a pipeline '
         f'holds its own all the time: mesh.stage={stages}; use fsdp'
       )
-    if stages > 1 and micro % (rows * m.execution.pipeline.count(stages)):
+    if stages > 1 and read % (rows * m.execution.pipeline.count(stages)):
       raise ValueError(
-        f'{micro} sequences (data.batch_size={self.data.batch_size} / '
+        f'{read} sequences that a model reads (data.batch_size={self.data.batch_size} / '
         f'train.accumulation={self.train.accumulation}) on {rows} devices do not split into '
         f'model.execution.pipeline.microbatches={m.execution.pipeline.count(stages)} (default: '
         'mesh.stage); make the batch a multiple, or the microbatches fewer'

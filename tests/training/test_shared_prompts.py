@@ -10,8 +10,9 @@ from test_objective import Run
 from test_policy import PENALISED, config, logs_by_hand
 from test_rollouts import FAMILY, Started, config as rollout_config, place  # noqa: F401, a fixture
 
+from kernels.mask import Mask
+from model import flops
 from model.parts import LatentConfig, MoEConfig
-from objectives import shared_prompts
 from objectives.rollout import Rollouts
 from objectives.rollout_rows import AnswerRows, RolloutBatch
 from objectives.rollout_seq2seq import GRPOSeq2Seq
@@ -105,21 +106,30 @@ def test_a_step_is_that_of_rows_of_their_own(parts):
   assert_close(jax.device_get(whole.state.models), jax.device_get(run.state.models), 3e-5)
 
 
-def test_what_experts_route_is_counted_as_it_is_routed():
+def test_tokens_and_flops_are_those_that_are_read():
+  """By hand: a trunk's are of one, a branch's see the trunk and each other."""
   batch = groups_of(3)
   lengths = batch.lengths.sum(1).reshape(-1, G).sum(1)
   # The last token of a prompt stands in every branch, the last of an answer nowhere.
   begins = np.array([T - NEW, 1, 4]) - 1
-  assert shared_prompts.routed_tokens(batch, G) == (lengths + begins).sum()
-  assert SHARED.weights(batch)['experts'] == (lengths + begins).sum()
-  assert shared_prompts.share(G, T, NEW) == (T - NEW + G * NEW) / (G * T)
+  assert SHARED.tokens(batch) == SHARED.weights(batch)['experts'] == (lengths + begins).sum()
+  padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:G])]), batch)
+  assert SHARED.tokens(padded) == SHARED.tokens(batch)
 
-
-def test_flops_are_those_of_what_is_read():
-  network, data = config(SHARED).model, config(SHARED).data
-  head = NEW / T * 2 * network.D * network.V
-  alone, shared = (made.forward_flops(network, data, None) for made in (PENALISED, SHARED))
-  np.testing.assert_allclose((shared - head) / (alone - head), (T - NEW + G * NEW) / (G * T))
+  made = config(SHARED, model={'window': 5, 'global_every': 2})
+  network, P = made.model, T - NEW
+  scores = 0
+  for kind in network.kinds:
+    seen = np.asarray(
+      Mask(window=kind.window, branches=G, trunk=P).allowed(P + G * NEW, P + G * NEW)
+    )
+    scores += seen.sum() * 2 * network.N * 2 * network.H
+  dense = 2 * network.L * (flops.attention_weights(network) + 3 * network.D * network.F)
+  head = 2 * network.D * network.V * G * NEW
+  by_hand = scores + dense * (P + G * NEW) + head
+  places = made.objective.row_tokens(made.data) * G
+  assert places == P + G * NEW
+  np.testing.assert_allclose(SHARED.forward_flops(network, made.data, None) * places, by_hand)
 
 
 @pytest.mark.slow
@@ -135,9 +145,10 @@ def test_groups_stay_together_from_rollout_to_rollout(place, tmp_path):  # noqa:
     again = Rollouts(run.stage, run.config.objective, run.config.data, range(8))
     again.restore(position)
     np.testing.assert_array_equal(again.take(None).tokens, batches[1].tokens)
-    unshared = {k: v for k, v in position.items() if k != 'objective.shared_prompts'}
-    with pytest.raises(ValueError, match='objective.shared_prompts: None then, True now'):
-      again.restore(unshared)
+    for then in ({}, {'objective.group': 2}):
+      other = {name: x for name, x in position.items() if name != 'objective.group'} | then
+      with pytest.raises(ValueError, match='objective.group: .* then, 4 now'):
+        again.restore(other)
     Rollouts(run.stage, FAMILY, run.config.data, range(8)).restore(position)
     run.state, metrics, _ = run.step(run.state, jax.device_put(batches[0]))
   assert abs(metrics['log_ratio']) < 1e-5
@@ -151,12 +162,16 @@ def test_groups_stay_together_from_rollout_to_rollout(place, tmp_path):  # noqa:
 def test_where_prompts_cannot_be_shared_it_is_said():
   with pytest.raises(NotImplementedError, match='shared_prompts=True with .*grpo_seq2seq'):
     GRPOSeq2Seq(reward=('none.py',), shared_prompts=True)
-  with pytest.raises(ValueError, match='does not fall into whole records of 4 rows'):
+  group = 'a group of objective.group=4, of objective.shared_prompts=True'
+  with pytest.raises(ValueError, match=f'does not fall into whole records of 4 rows .{group}'):
     config(SHARED, data={'batch_size': 6})
   sizes = dict.fromkeys(('data', 'fsdp', 'expert', 'tensor', 'context', 'stage'), 1)
-  with pytest.raises(ValueError, match='of 4 rows each, which stay together, .* multiple of 16'):
+  with pytest.raises(ValueError, match=f', 4 of which are {group}, .* multiple of 16'):
     config(SHARED).check_mesh(sizes | {'fsdp': 4})
-  with pytest.raises(NotImplementedError, match='mesh.context=2 splits rows, and objective.shared'):
+  with pytest.raises(NotImplementedError, match='mesh.context=2 splits rows, .* set it to False'):
     config(SHARED).check_mesh(sizes | {'context': 2})
-  with pytest.raises(ValueError, match='do not split into model.execution.pipeline.microbatches=4'):
+  odd = dataclasses.replace(SHARED, max_new_tokens=7)
+  with pytest.raises(ValueError, match='4 answers are 37 tokens, .* over mesh.tensor=2'):
+    config(odd).check_mesh(sizes | {'tensor': 2})
+  with pytest.raises(ValueError, match='2 sequences that a model reads .*microbatches=4'):
     config(SHARED).check_mesh(sizes | {'stage': 4})
