@@ -2,11 +2,13 @@
 as the site is built, and the pages of other rooms. mkdocs calls the functions `on_*` (mkdocs.yml).
 """
 
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 
 from mkdocs.structure.files import File
@@ -14,6 +16,7 @@ from mkdocs.structure.files import File
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from parallel import hosts
 from training import reference
 from workdir import metrics
 
@@ -54,6 +57,24 @@ OTHER_COMMANDS = {
   ),
 }
 MARK = re.compile(r'<!-- generated: (\w+)[^>]*-->')
+# Most of what a command takes to say what it is asked with is imports, which all have in common: a
+# process makes them, and a copy of it becomes each command.
+COPIES = """
+import json, os, runpy, sys
+import training.reference
+
+for command, place in json.loads(sys.argv[1]):
+  copy = os.fork()
+  if not copy:
+    os.dup2(os.open(place, os.O_CREAT | os.O_WRONLY), 1)
+    sys.argv = command
+    try:
+      runpy.run_path(command[0], run_name='__main__')
+    finally:
+      sys.stdout.flush()
+      os._exit(0)  # at once: what a copy has not of its threads is not waited for
+  os.waitpid(copy, 0)
+"""
 
 
 def on_files(files, config):
@@ -74,18 +95,21 @@ def on_page_markdown(markdown, page, config, files):
 
 def flags() -> str:
   """The flags of the commands that have a config, and the arguments of the others."""
+  others = [
+    (command, *filter(None, [name])) for command, names in OTHER_COMMANDS.items() for name in names
+  ]
+  said = _said([(command, '--helpxml') for command in COMMANDS] + [(*c, '--help') for c in others])
   parts = []
   for command in COMMANDS:
-    parts += [f'## {command}', _table(('flag', 'type', 'default', ''), _flags(command))]
-  for command, name in ((c, name) for c, names in OTHER_COMMANDS.items() for name in names):
-    said = _run(command, *filter(None, [name]), '--help')
-    parts += [f'## {command} {name}'.rstrip(), f'```text\n{said.strip()}\n```']
+    rows = _flags(command, said[command, '--helpxml'])
+    parts += [f'## {command}', _table(('flag', 'type', 'default', ''), rows)]
+  for command in others:
+    parts += [f'## {" ".join(command)}', f'```text\n{said[*command, "--help"].strip()}\n```']
   return '\n\n'.join(parts)
 
 
-def _flags(command: str):
+def _flags(command: str, said: str):
   """(flag, type, default, meaning) of those that a command, or what it shares, defines itself."""
-  said = _run(command, '--helpxml')
   for flag in ElementTree.fromstring(said[said.index('<?xml') :]).iter('flag'):
     name, kind, default, meaning = (
       flag.findtext(x) for x in ('name', 'type', 'default', 'meaning')
@@ -95,14 +119,28 @@ def _flags(command: str):
       yield f'`--{name}`', kind, f'`{default}`' if default else '', meaning
 
 
-def _run(*command: str) -> str:
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'COLUMNS': '100'}
-  done = subprocess.run(
-    [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-  )
-  if not done.stdout:
-    raise RuntimeError(f'{" ".join(command)} printed nothing: {done.stderr}')
-  return done.stdout
+def _said(commands: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+  """What each of these prints."""
+  # With its allocator's pages no copy begins anew (parallel.hosts.use_huge_pages).
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'COLUMNS': '100',
+    'GLIBC_TUNABLES': hosts.TUNABLES,
+  }
+  with tempfile.TemporaryDirectory() as directory:
+    places = {command: f'{directory}/{i}' for i, command in enumerate(commands)}
+    done = subprocess.run(
+      [sys.executable, '-c', COPIES, json.dumps([*places.items()])],
+      cwd=ROOT,
+      env=environment,
+      capture_output=True,
+      text=True,
+    )
+    said = {command: pathlib.Path(place).read_text() for command, place in places.items()}
+  for command in commands:
+    if not said[command]:
+      raise RuntimeError(f'{" ".join(command)} printed nothing: {done.stderr}')
+  return said
 
 
 def fields() -> str:
