@@ -393,6 +393,7 @@ def assert_little_was_lost(seen):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_kills_change_nothing(runs, whole, tmp_path):
   seen = kill_and_restart(runs, tmp_path, ('step', 'save'), random.Random(1), 40)
   assert_little_was_lost(seen)

@@ -55,6 +55,7 @@ def tuned(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_says_how_well_it_classifies(tuned):
   flags = ('--shots=0,2', '--calibration=none,contextual', f'--workdir={tuned}/run')
   done = Process(tuned, 'evaluate.py', *flags).end()
@@ -161,6 +162,7 @@ OWN = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_was_killed_goes_on_with_the_same_bytes(tuned):
   """By kill -9 while it writes; a task whose data is missing is named, and does not stop others."""
   for name, kind in OWN.items():

@@ -183,6 +183,7 @@ def test_what_goes_beside_no_other_is_refused_by_name(generator):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_batch_of_all_is_each_alone(generator):
   """As the model of each adapter, and bit for bit as a batch of the same shapes of one of them."""
   check_written(generator, models_of())

@@ -207,6 +207,7 @@ def test_in_the_steps_of_a_v5e(case):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_step_reads_what_another_writes(small_steps):
   """TPU semantics, with races looked for: forward and backward of a packed row."""
   (q, k, v, _), mask, _ = inputs_of('packed')

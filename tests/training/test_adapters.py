@@ -219,7 +219,7 @@ def whole():
     pytest.param('llama', 4, {'stage': 2, 'fsdp': 2}, {}, marks=pytest.mark.slow),
     pytest.param('llama', 4, {'context': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
     pytest.param('experts', 8, {'expert': 2, 'fsdp': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
-    pytest.param('latent', 4, {'fsdp': 2, 'tensor': 2}, {}, marks=pytest.mark.slow),
+    pytest.param('latent', 4, {'fsdp': 2, 'tensor': 2}, {}, marks=pytest.mark.long),
   ],
 )
 def test_devices_and_microbatches_are_one(whole, family, devices, mesh, train):

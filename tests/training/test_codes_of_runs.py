@@ -252,6 +252,7 @@ def test_exchanged_is_one_or_the_other(models):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_page(runs, tmp_path, capsys):
   text = tmp_path / 'text'
   text.write_text('A few words, to be read by both. ' * 8)

@@ -587,6 +587,7 @@ def test_planted_faults_are_seen(monkeypatch, one_device, name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_learns_of_a_run_and_resumes(corpus, tmp_path):
   """Uninterrupted or not, bit for bit; the teacher is named in checkpoints, and not in them."""
   run_here(on(corpus, model=TEACHER, train={'steps': 1, 'save_every': 1}), tmp_path / 'teacher')

@@ -129,6 +129,7 @@ def test_devices_write_the_same(place, tmp_path, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_student_learns_what_a_teacher_says_of_its_own_targets(place, tmp_path):
   run_here(config(place, train={'steps': 1, 'seed': 5}), tmp_path / 'teacher')
   objective = GKDSeq2Seq(
@@ -142,6 +143,7 @@ def test_a_student_learns_what_a_teacher_says_of_its_own_targets(place, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_adapter_writes_and_learns(place, tmp_path):
   """The check of sampler and trainer is of the base first, then of an adapter that has moved."""
   fields = {'kind': 'lora', 'rank': 4, 'alpha': 8.0}

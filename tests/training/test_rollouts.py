@@ -310,6 +310,7 @@ def test_devices_write_the_same(place, tmp_path, mesh, weights):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ppo_on_devices_is_ppo_on_one(place, tmp_path):
   """Two rollouts with all that is made of them: answers, scores, values, credit, steps of the
   policy and of its critic, the coefficient that adapts.
