@@ -19,7 +19,7 @@ from decode.defaults import model_defaults
 from decode.generator import Generator
 from model.tensorfiles import INDEX
 from tests.goldens import ours
-from tests.model.test_model_checkpoint import LLAMA, write_tokenizer
+from tests.model.test_model_checkpoint import LLAMA, T5, write_tokenizer
 from training import config as configs
 from workdir.seals import ORIGIN
 
@@ -212,7 +212,11 @@ GPT2 = {
 
 @pytest.mark.parametrize(
   'hf',
-  [pytest.param(MISTRAL, id='mistral'), pytest.param(GPT2, id='gpt2', marks=pytest.mark.slow)],
+  [
+    pytest.param(MISTRAL, id='mistral'),
+    pytest.param(GPT2, id='gpt2', marks=pytest.mark.slow),
+    pytest.param(T5, id='t5', marks=pytest.mark.slow),
+  ],
 )
 def test_a_model_goes_out_as_what_it_came_in(tmp_path, hf):
   """A Mistral without a window is a Llama, number for number, but not for who serves it; and what

@@ -528,6 +528,9 @@ def test_canonical_configs_differ_where_the_model_does():
 
   assert all(canonical(changes) == canonical({}) for changes in same)
   assert all(canonical(changes) != canonical({}) for changes in other)
+  # Of a relative position no table has rows: how long a text may be is the data's choice.
+  relative = dict(position='relative', window=0, global_every=0)
+  assert canonical(relative) == canonical(relative | dict(max_length=9))
 
 
 @pytest.mark.parametrize('name', ['gemma2', 'gemma3', 'gpt_oss'])
