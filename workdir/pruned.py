@@ -161,7 +161,7 @@ def thinned(
     )
     for line in expected(model, batches, change):
       log(line)
-    return _finite(walk.walk(model, batches, change, log, kept and kept(asked)))
+    return walk.walk(model, batches, change, log, kept and kept(asked))
   counts = {}
   if asked.pattern.scope == 'global':
     sizes = {name: jnp.abs(read(p).numbers(p.dtype)) for name, p in chosen.items()}
@@ -175,17 +175,6 @@ def thinned(
     return p.replace(_thin(p.get_value(), summed_of(p), asked.pattern, counts.get(name)))
 
   return jax.tree_util.tree_map_with_path(one, model, is_leaf=params.is_param)
-
-
-def _finite(model):
-  """The model. Raises ValueError where what made up for the rest is no number."""
-  for name, p in params.by_name(model).items():
-    if not np.isfinite(np.asarray(p.get_value())).all():
-      raise ValueError(
-        f'{name} holds NaN or infinity now: its inputs are too much alike for f32 to tell '
-        'them apart; give more samples, or use --method=wanda'
-      )
-  return model
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
