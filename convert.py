@@ -43,7 +43,7 @@ from model.params import ParamSpec, abstract, specs
 from model.quantised_files.fitted import fitted
 from training import config as configs
 from workdir import carried, seals, smaller
-from workdir.adapted import export_adapter, import_adapter, merge, rebase
+from workdir.adapted import export_adapter, heads_of, import_adapter, merge, rebase
 from workdir.checkpoint import Checkpoints
 from workdir.open import check_own, config_of
 from workdir.reseal import reseal
@@ -164,6 +164,7 @@ def _export(options) -> None:
   steps = {name: step for name, step in steps.items() if step is not None}
   step = steps[names.check('checkpoint', options.checkpoint, steps)]
   check_own(checkpoints.record(step), workdir)
+  _say_heads(run)
   tokenizer = tokenizers.load(workdir / 'tokenizer') if (workdir / 'tokenizer').is_dir() else None
   if tokenizer:
     tokenizer.generation = generations.read(workdir)
@@ -222,9 +223,18 @@ def _export_adapter(options, run: configs.Config) -> None:
   if options.dtype not in ('', 'float32'):
     raise ValueError(f'--dtype={options.dtype}: an adapter is kept in float32; leave it out')
   family = _family(run.model, options.family, _origin(workdir))
+  _say_heads(run)
   with checkpoint.new_directory(target) as partial:
     step = export_adapter(workdir, options.checkpoint, partial, family, _log)
   _log(f'{target}: an adapter of PEFT for {families.name_of(family)}, step {step}')
+
+
+def _say_heads(run: configs.Config) -> None:
+  if heads := heads_of(run):
+    _log(
+      f'NOTE: {", ".join(heads)} of objective.kind={run.objective.kind!r} stays behind: the '
+      'model is written without what was trained on it'
+    )
 
 
 def _origin(workdir: pathlib.Path) -> dict:

@@ -193,21 +193,32 @@ def merge(
       model = jax.jit(dequantised, static_argnames='dtype')(model, dtype='float32')
       model_config = numbers_config(model_config, model.head.tokens is not None)
       model_config = model_config.with_execution(parameter_dtype='float32')
+    heads = heads_at(config, checkpoints, step)
     copied(workdir, partial)
     run = dataclasses.replace(config, model=model_config, adapter=AdapterConfig(), init='')
-    write_run(partial, run, _models(config, checkpoints, step, model), log)
+    write_run(partial, run, with_heads(config, model, heads), log)
   log(f'{to}: step {step} of {workdir}, its adapter merged')
 
 
-def _models(config, checkpoints, step, model) -> dict[str, Any]:
-  """What a merged run keeps: the model, with a head that was trained beside the adapter."""
+def heads_of(config: configs.Config) -> list[str]:
+  """Names of the heads that a run trained on its model, which are a part of what it is."""
   aside = config.objective.aside
-  made = [name for name, role in states.roles(config).items() if role.made and name not in aside]
+  taken = config.objective.models(config.model)
+  return [name for name, role in taken.items() if role.made and name not in aside]
+
+
+def heads_at(config: configs.Config, checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+  """These heads, at a step, by name; on the mesh in context."""
   read = {}
-  for name in made:
+  for name in heads_of(config):
     target = params.abstract(lambda: states.new_model(config, name), jax.sharding.get_mesh())
     read[name] = checkpoints.restore(step, target, f'models.{name}')
-  return {'models': {config.objective.main: model} | read} if made else {'model': model}
+  return read
+
+
+def with_heads(config: configs.Config, model, heads: dict[str, Any]) -> dict[str, Any]:
+  """What a run keeps (workdir.untrained) whose model was made of another's, with heads of that."""
+  return {'models': {config.objective.main: model} | heads} if heads else {'model': model}
 
 
 def export_adapter(

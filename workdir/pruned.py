@@ -30,7 +30,7 @@ from model import checkpoint, params, transformer
 from model.weights import read
 from model.weights.scheme import stored, summed_of
 from parallel.mesh import MeshConfig, make_mesh
-from workdir.adapted import copied
+from workdir.adapted import copied, heads_at, with_heads
 from workdir.bounded_codes import costs_of
 from workdir.calibrated import Calibration, rows as rows_of
 from workdir.checkpoint import Checkpoints
@@ -87,6 +87,7 @@ def prune(
     # What does not fit is said before anything is read.
     asked.check_keep(params.by_name(target))
     jax.eval_shape(functools.partial(_packed, asked=asked), target)
+    heads = heads_at(config, checkpoints, step)
     facts, batches, kept = dataclasses.asdict(asked), [], None
     if asked.calibrated:
       tokenizer = tokenizers.load(workdir / 'tokenizer')
@@ -113,7 +114,7 @@ def prune(
     run = dataclasses.replace(config, model=small, init='', optimizer=optimizer)
     copied(workdir, partial)
     files.replace(partial / FILE, json.dumps(facts, indent=1) + '\n')
-    write_run(partial, run, {'model': model}, log)
+    write_run(partial, run, with_heads(config, model, heads), log)
   shutil.rmtree(layers_beside(to), ignore_errors=True)
   after = model_bytes(model)
   log(
