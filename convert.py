@@ -38,6 +38,7 @@ import names
 from data import generation as generations, tokenizers
 from data.config import DataConfig, TokenizerConfig
 from data.generation import GENERATION
+from data.trimmed import trimmed
 from model import checkpoint, families, packages, peft, transformer
 from model.params import ParamSpec, abstract, specs
 from model.quantised_files.fitted import fitted
@@ -67,6 +68,8 @@ def _import(options) -> None:
     raise ValueError(f'--base={options.base} is for an adapter, and {source} is a whole model')
   opened = checkpoint.opened(source)
   with checkpoint.new_directory(workdir) as partial:
+    # What does not fit the model is said before its numbers are read.
+    tokenizer = _tokenizer(options, source, opened)
     config, model = checkpoint.load(
       opened,
       dtype=options.dtype,
@@ -79,16 +82,6 @@ def _import(options) -> None:
     data = DataConfig(
       sequence_length=min(
         config.max_length or DataConfig.sequence_length, DataConfig.sequence_length
-      )
-    )
-    tokenizer = (
-      None
-      if options.tokenizer == 'none'
-      else carried.tokenizer_in(
-        pathlib.Path(options.tokenizer or source),
-        bool(options.tokenizer),
-        _log,
-        None if options.tokenizer else getattr(opened.tensors, 'gguf', None),
       )
     )
     if tokenizer:
@@ -116,6 +109,24 @@ def _import(options) -> None:
     f'{config.execution.parameter_dtype}{" and codes" if config.execution.stored else ""}, '
     f'tokenizer {repr(tokenizer.kind) if tokenizer else "none: generate.py needs one"}'
   )
+
+
+def _tokenizer(options, source: pathlib.Path, opened: checkpoint.Opened):
+  """The one of an import, without control tokens that the model has no rows for; or None."""
+  if options.tokenizer == 'none':
+    return None
+  gguf = None if options.tokenizer else getattr(opened.tensors, 'gguf', None)
+  path = pathlib.Path(options.tokenizer or source)
+  tokenizer = carried.tokenizer_in(path, bool(options.tokenizer), _log, gguf)
+  if tokenizer is None:
+    return None
+  _, config = families.read(opened.hf, {*opened.tensors.tensors}, tuple(options.ignore_key))
+  tokenizer, gone = trimmed(tokenizer, config.V)
+  if gone:
+    _log(
+      f'NOTE: the model has {config.V:,} rows, and none for the control tokens {", ".join(gone)}'
+    )
+  return tokenizer
 
 
 def _import_adapter(options, source: pathlib.Path) -> None:

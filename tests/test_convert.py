@@ -17,6 +17,7 @@ from data.generation import GENERATION, ends as ends_of
 from decode.constrain import Constraint
 from decode.defaults import model_defaults
 from decode.generator import Generator
+from model import checkpoint
 from model.tensorfiles import INDEX
 from tests.goldens import ours
 from tests.model.test_model_checkpoint import LLAMA, T5, write_tokenizer
@@ -137,6 +138,29 @@ def test_defaults_of_the_model_are_taken_when_asked_for_and_printed(imported):
   assert Generator.load(imported / 'run').defaults == {'temperature': 0.25, 'top_p': 0.5}
 
 
+def without_rows(tmp_path, rows):
+  """A checkpoint with so many rows, whose tokenizer has 257 ids and one of images behind them."""
+  ours.build(LLAMA | {'vocab_size': rows}, tmp_path / 'hf')
+  write_tokenizer(tmp_path / 'hf')
+  tokenizers.load(tmp_path / 'hf').extended(['<image>']).save(tmp_path / 'hf')
+
+
+@pytest.mark.slow
+def test_a_control_token_that_has_no_row_stays_behind(tmp_path, capsys):
+  without_rows(tmp_path, 257)
+  command('import', '--from', tmp_path / 'hf', '--workdir', tmp_path / 'run')
+  said = 'NOTE: the model has 257 rows, and none for the control tokens <image>'
+  assert said in capsys.readouterr().out
+  assert tokenizers.load(tmp_path / 'run' / 'tokenizer').vocabulary == 257
+  assert configs.load(tmp_path / 'run').model.V == 257
+
+
+def test_texts_whose_ids_have_no_row_are_refused_before_the_model_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, 'load', lambda *_, **__: pytest.fail('it was read'))
+  without_rows(tmp_path, 256)  # the end has none, too
+  refused(tmp_path, 'has 258 ids, and the model 256 rows for them: none for 256')
+
+
 def refused(tmp_path, words):
   with pytest.raises(SystemExit, match=f'error: .*{words}'):
     command('import', '--from', tmp_path / 'hf', '--workdir', tmp_path / 'run')
@@ -170,7 +194,7 @@ def test_an_index_leads_nowhere_else(tmp_path, file):
   ],
 )
 def test_files_that_are_damaged_are_named(tmp_path, name, content, words):
-  ours.build(LLAMA, tmp_path / 'hf')
+  ours.build(LLAMA | {'vocab_size': 300}, tmp_path / 'hf')
   if name == GENERATION:
     write_tokenizer(tmp_path / 'hf')
   (tmp_path / 'hf' / name).write_text(content)
