@@ -267,14 +267,18 @@ def test_a_name_of_the_hub_is_brought_by_its_library(imported, tmp_path, monkeyp
     asked.append((repository, options.pop('revision')))
     ignored = options.pop('ignore_patterns')
     files = ['config.json', 'model-00001-of-00002.safetensors', 'tokenizer.model', 'README.md']
-    files += ['pytorch_model.bin', 'original/model.safetensors', 'consolidated.safetensors']
+    files += ['adapter_model.safetensors', 'additional_chat_templates/tools.jinja']
+    brought = len(files) - 1
+    files.remove('README.md')
+    files += ['README.md', 'pytorch_model.bin', 'original/model.safetensors', 'model/config.json']
+    files += ['consolidated.safetensors', 'model/model.safetensors', 'original/tokenizer.model']
     wanted = [
       file
       for file in files
       if any(fnmatch.fnmatch(file, p) for p in options['allow_patterns'])
       and not any(fnmatch.fnmatch(file, p) for p in ignored)
     ]
-    assert wanted == files[:3] and options.keys() == {'allow_patterns'}
+    assert wanted == files[:brought] and options.keys() == {'allow_patterns'}
     return str(imported / 'hf')
 
   hub.snapshot_download = snapshot_download
