@@ -46,13 +46,24 @@ from training import config as configs
 from workdir import carried, seals, smaller
 from workdir.adapted import export_adapter, heads_of, import_adapter, merge, rebase
 from workdir.checkpoint import Checkpoints
-from workdir.open import check_own, config_of
+from workdir.open import check_own, config_of, step_of
 from workdir.reseal import reseal
 from workdir.untrained import write_run
 
 # Of which an import's tables have a multiple of rows by default, so that as many devices can share
 # them: GPT-2's 50,257 ids have no divisor that a mesh has.
 VOCABULARY_MULTIPLE = 128
+# Options of an import that an adapter has no use for, by what they are where nobody gives them.
+OF_MODELS = {
+  'dtype': '',
+  'compute_dtype': '',
+  'tokenizer': '',
+  'codes': 'exact',
+  'dequantise': False,
+  'vocabulary_multiple': VOCABULARY_MULTIPLE,
+  'ignore': '',
+  'ignore_key': [],
+}
 
 
 def _import(options) -> None:
@@ -137,6 +148,11 @@ def _import_adapter(options, source: pathlib.Path) -> None:
       f'{source} holds an adapter: --base names the run of the model that it is for (import that '
       'first)'
     )
+  if given := [name for name, none in OF_MODELS.items() if getattr(options, name) != none]:
+    raise ValueError(
+      f'{", ".join(f"--{name}" for name in given)}: {source} holds an adapter, which is kept in '
+      'float32 on the model of --base, whose tokenizer is its; leave that out'
+    )
   family = _family(config_of(options.base).model, '', _origin(pathlib.Path(options.base)))
   with checkpoint.new_directory(workdir) as partial:
     import_adapter(source, pathlib.Path(options.base), partial, family, _log)
@@ -169,11 +185,7 @@ def _export(options) -> None:
   origin = _origin(workdir)
   family = _family(config, options.family, origin)
   checkpoints = Checkpoints(workdir, log=_log)
-  steps = {'last': checkpoints.latest(), 'best': checkpoints.best()} | {
-    str(step): step for step in checkpoints.steps()
-  }
-  steps = {name: step for name, step in steps.items() if step is not None}
-  step = steps[names.check('checkpoint', options.checkpoint, steps)]
+  step = step_of(checkpoints, options.checkpoint)
   check_own(checkpoints.record(step), workdir)
   _say_heads(run)
   tokenizer = tokenizers.load(workdir / 'tokenizer') if (workdir / 'tokenizer').is_dir() else None

@@ -163,7 +163,8 @@ def merge(
   made of stays as it is.
 
   name: of the checkpoint. Raises ValueError for a run without an adapter, and for a base in bytes
-    where nobody has said that it may become numbers; FileExistsError where `to` is taken.
+    where nobody has said that it may become numbers, or one in numbers where somebody has;
+    FileExistsError where `to` is taken.
   """
   workdir, config = pathlib.Path(workdir), config_of(workdir)
   if not config.adapter.kind:
@@ -175,6 +176,10 @@ def merge(
       'take the run as it is'
     )
   coded = config.adapter.base or ', '.join(config.model.execution.stored)
+  if dequantise and not coded:
+    raise ValueError(
+      f'--dequantise is of a base in bytes, and that of {workdir} is in numbers; leave it out'
+    )
   if coded and not dequantise:
     raise ValueError(
       f'{workdir} was trained on a base in {coded} (adapter.base, or a run in codes), which a sum '
@@ -185,6 +190,7 @@ def merge(
     model_config = untied(model_config)
   checkpoints = Checkpoints(workdir, log=log)
   step = step_of(checkpoints, name)
+  check_own(checkpoints.record(step), workdir)
   mesh = checkpoint.default_mesh(config.model)
   with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
@@ -241,15 +247,17 @@ def import_adapter(
 ) -> None:
   """Writes a run whose adapter is one of PEFT's, on the model of the run at `base`.
 
-  Raises as peft.read.
+  Raises as peft.read, and ValueError where the base's texts are read or end otherwise now.
   """
   config = config_of(base)
   if config.adapter.kind:
     raise ValueError(f'--base={base} holds an adapter itself; merge it first (convert.py merge)')
+  checkpoints = Checkpoints(base, log=log)
+  last = checkpoints.latest()
+  check_own(checkpoints.record(last), base)
   settings, arrays = peft.read(source, config.model, family)
   optimizer = dataclasses.replace(config.optimizer, prune='')  # what is frozen keeps its zeros
   config = dataclasses.replace(config, adapter=settings, init=str(base), optimizer=optimizer)
-  checkpoints = Checkpoints(base, log=log)
   mesh = checkpoint.default_mesh(config.model)
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: states.new_model(config, states.ADAPTER), mesh)
@@ -260,7 +268,7 @@ def import_adapter(
       placed.append(jax.device_put(arrays[leaf][part].reshape(x.shape), x.sharding))
     adapter = jax.tree.unflatten(jax.tree.structure(target), placed)
     copied(base, directory)
-    references = {config.objective.main: checkpoints.reference(checkpoints.latest())}
+    references = {config.objective.main: checkpoints.reference(last)}
     write_run(directory, config, {'models': {states.ADAPTER: adapter}}, log, references)
 
 
