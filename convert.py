@@ -38,20 +38,32 @@ import names
 from data import generation as generations, tokenizers
 from data.config import DataConfig, TokenizerConfig
 from data.generation import GENERATION
+from data.trimmed import trimmed
 from model import checkpoint, families, packages, peft, transformer
 from model.params import ParamSpec, abstract, specs
 from model.quantised_files.fitted import fitted
 from training import config as configs
 from workdir import carried, seals, smaller
-from workdir.adapted import export_adapter, import_adapter, merge, rebase
+from workdir.adapted import export_adapter, heads_of, import_adapter, merge, rebase
 from workdir.checkpoint import Checkpoints
-from workdir.open import check_own, config_of
+from workdir.open import check_own, config_of, step_of
 from workdir.reseal import reseal
 from workdir.untrained import write_run
 
 # Of which an import's tables have a multiple of rows by default, so that as many devices can share
 # them: GPT-2's 50,257 ids have no divisor that a mesh has.
 VOCABULARY_MULTIPLE = 128
+# Options of an import that an adapter has no use for, by what they are where nobody gives them.
+OF_MODELS = {
+  'dtype': '',
+  'compute_dtype': '',
+  'tokenizer': '',
+  'codes': 'exact',
+  'dequantise': False,
+  'vocabulary_multiple': VOCABULARY_MULTIPLE,
+  'ignore': '',
+  'ignore_key': [],
+}
 
 
 def _import(options) -> None:
@@ -67,6 +79,8 @@ def _import(options) -> None:
     raise ValueError(f'--base={options.base} is for an adapter, and {source} is a whole model')
   opened = checkpoint.opened(source)
   with checkpoint.new_directory(workdir) as partial:
+    # What does not fit the model is said before its numbers are read.
+    tokenizer = _tokenizer(options, source, opened)
     config, model = checkpoint.load(
       opened,
       dtype=options.dtype,
@@ -79,16 +93,6 @@ def _import(options) -> None:
     data = DataConfig(
       sequence_length=min(
         config.max_length or DataConfig.sequence_length, DataConfig.sequence_length
-      )
-    )
-    tokenizer = (
-      None
-      if options.tokenizer == 'none'
-      else carried.tokenizer_in(
-        pathlib.Path(options.tokenizer or source),
-        bool(options.tokenizer),
-        _log,
-        None if options.tokenizer else getattr(opened.tensors, 'gguf', None),
       )
     )
     if tokenizer:
@@ -118,6 +122,24 @@ def _import(options) -> None:
   )
 
 
+def _tokenizer(options, source: pathlib.Path, opened: checkpoint.Opened):
+  """The one of an import, without control tokens that the model has no rows for; or None."""
+  if options.tokenizer == 'none':
+    return None
+  gguf = None if options.tokenizer else getattr(opened.tensors, 'gguf', None)
+  path = pathlib.Path(options.tokenizer or source)
+  tokenizer = carried.tokenizer_in(path, bool(options.tokenizer), _log, gguf)
+  if tokenizer is None:
+    return None
+  _, config = families.read(opened.hf, {*opened.tensors.tensors}, tuple(options.ignore_key))
+  tokenizer, gone = trimmed(tokenizer, config.V)
+  if gone:
+    _log(
+      f'NOTE: the model has {config.V:,} rows, and none for the control tokens {", ".join(gone)}'
+    )
+  return tokenizer
+
+
 def _import_adapter(options, source: pathlib.Path) -> None:
   files.check_local('--workdir', options.workdir)  # of adapters; models may be in buckets
   workdir = pathlib.Path(options.workdir)
@@ -125,6 +147,11 @@ def _import_adapter(options, source: pathlib.Path) -> None:
     raise ValueError(
       f'{source} holds an adapter: --base names the run of the model that it is for (import that '
       'first)'
+    )
+  if given := [name for name, none in OF_MODELS.items() if getattr(options, name) != none]:
+    raise ValueError(
+      f'{", ".join(f"--{name}" for name in given)}: {source} holds an adapter, which is kept in '
+      'float32 on the model of --base, whose tokenizer is its; leave that out'
     )
   family = _family(config_of(options.base).model, '', _origin(pathlib.Path(options.base)))
   with checkpoint.new_directory(workdir) as partial:
@@ -158,12 +185,9 @@ def _export(options) -> None:
   origin = _origin(workdir)
   family = _family(config, options.family, origin)
   checkpoints = Checkpoints(workdir, log=_log)
-  steps = {'last': checkpoints.latest(), 'best': checkpoints.best()} | {
-    str(step): step for step in checkpoints.steps()
-  }
-  steps = {name: step for name, step in steps.items() if step is not None}
-  step = steps[names.check('checkpoint', options.checkpoint, steps)]
+  step = step_of(checkpoints, options.checkpoint)
   check_own(checkpoints.record(step), workdir)
+  _say_heads(run)
   tokenizer = tokenizers.load(workdir / 'tokenizer') if (workdir / 'tokenizer').is_dir() else None
   if tokenizer:
     tokenizer.generation = generations.read(workdir)
@@ -222,9 +246,18 @@ def _export_adapter(options, run: configs.Config) -> None:
   if options.dtype not in ('', 'float32'):
     raise ValueError(f'--dtype={options.dtype}: an adapter is kept in float32; leave it out')
   family = _family(run.model, options.family, _origin(workdir))
+  _say_heads(run)
   with checkpoint.new_directory(target) as partial:
     step = export_adapter(workdir, options.checkpoint, partial, family, _log)
   _log(f'{target}: an adapter of PEFT for {families.name_of(family)}, step {step}')
+
+
+def _say_heads(run: configs.Config) -> None:
+  if heads := heads_of(run):
+    _log(
+      f'NOTE: {", ".join(heads)} of objective.kind={run.objective.kind!r} stays behind: the '
+      'model is written without what was trained on it'
+    )
 
 
 def _origin(workdir: pathlib.Path) -> dict:

@@ -49,7 +49,7 @@ class Gptq:
   def __call__(
     self, scheme: Scheme, x, summed, axes, name: str, statistics: InputStatistics
   ) -> Weight:
-    """The codes. Traced."""
+    """The codes; with scales of NaN where the statistics do not tell inputs apart. Traced."""
     if scheme.activations:
       alone = dataclasses.replace(scheme, activations=False)
       return Activated(self(alone, x, summed, axes, name, statistics))
@@ -65,7 +65,15 @@ class Gptq:
     run = functools.partial(rounded, grid=grid, damping=self.damping, act_order=self.act_order)
     arguments = flat(x), flat(scale), None if zero is None else flat(zero), statistics.products
     numbers = jax.lax.map(lambda a: run(*a), arguments) if lead else run(*arguments)
-    return with_numbers(weight, numbers.reshape(x.shape))
+    weight = with_numbers(weight, numbers.reshape(x.shape))
+    # No code is NaN: of numbers that are, the scales say it.
+    sound = jnp.isfinite(numbers).all()
+
+    def or_nan(y):
+      floats = jnp.issubdtype(y.dtype, jnp.floating)
+      return jnp.where(sound, y, jnp.asarray(jnp.nan, y.dtype)) if floats else y
+
+    return jax.tree.map(or_nan, weight)
 
 
 def wide_scales(weight: Weight):
@@ -92,7 +100,8 @@ def with_numbers(weight: Weight, x) -> Weight:
 def rounded(w, scale, zero, products, *, grid, damping: float, act_order: bool):
   """Numbers of the grid, [I, O], for w [I, O] with a scale and a zero point (or None) each.
 
-  products: [I, I], X^T X. Inputs that are always 0 get numbers of 0.
+  products: [I, I], X^T X. Inputs that are always 0 get numbers of 0; where others are too much
+    alike for f32 to factorise H, all are NaN.
   """
   inputs = len(w)
   diagonal = jnp.diagonal(products)
@@ -139,6 +148,8 @@ def rounded(w, scale, zero, products, *, grid, damping: float, act_order: bool):
       return w - behind.T @ errors, chosen
 
   _, chosen = jax.lax.scan(block, w, jnp.arange(0, inputs + more, COLUMNS))
+  # What is nearest to NaN is some number of the grid like any other.
+  chosen = jnp.where(jnp.isfinite(U).all(), chosen, jnp.nan)
   chosen = chosen.reshape(inputs + more, -1)[:inputs]
   return jnp.zeros_like(chosen).at[order].set(chosen)
 

@@ -24,7 +24,7 @@ from compression.calibration import InputStatistics
 from compression.kept import Kept
 from data.batch import Batch
 from model.config import Kind, ModelConfig
-from model.params import is_param, name_of
+from model.params import by_name, is_param, name_of
 from model.transformer import Decoder, Output
 from model.weights.weight import Weight
 from parallel.remat import Remat
@@ -96,7 +96,7 @@ def walk(
   batches: rows of calibration, all of one shape, on the host; an encoder-decoder's with sources.
   kept: where layers that are done lie; None: nowhere.
   Raises NotImplementedError for what is not walked through; ValueError for too few tokens, and
-    where a matrix is multiplied with what is no number.
+    where a matrix is multiplied with what is no number, or becomes that.
   """
   _check(model.config, change.instead)
   check_tokens(model, batches, change)
@@ -131,6 +131,7 @@ def walk(
           sums = now if sums is None else add(sums, now)
         sums = _checked(layer, block, sums, log)
         made = jax.device_get(make(layer.prefix, block, sums))
+        _check_made(layer, made, change.instead)
         if kept is not None:
           kept.write(str(layer), made)
         here += 1
@@ -340,6 +341,17 @@ def _checked(
       )
       sums[name] = calibration.filled(found, few, own)
   return sums
+
+
+def _check_made(layer: Layer, block, instead: str) -> None:
+  """Raises ValueError where what made up for the rest is no number."""
+  for name, p in by_name(block).items():
+    floats = (x for x in jax.tree.leaves(p) if jnp.issubdtype(x.dtype, jnp.floating))
+    if not all(np.isfinite(x).all() for x in floats):
+      raise ValueError(
+        f'{layer.prefix}.{name} of {layer} holds NaN or infinity now: its inputs are too much '
+        f'alike for f32 to tell them apart; give more samples, or use {instead}'
+      )
 
 
 def _listed(numbers: np.ndarray) -> str:

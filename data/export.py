@@ -33,18 +33,23 @@ TEXTS = (
 )
 
 
-def contents(tokenizer: Tokenizer, has_encoder: bool = False) -> tuple[dict[str, bytes], str]:
+def contents(
+  tokenizer: Tokenizer, has_encoder: bool = False, has_types: bool = False
+) -> tuple[dict[str, bytes], str]:
   """Files for the directory of a checkpoint, and what is to be known of them ('' for nothing).
 
   Those of a Hugging Face tokenizer are its own, but for their class: any other class than this one
   builds from them what it thinks its model needs.
 
   has_encoder: texts are what an encoder reads, and end with eos; else they begin with bos.
+  has_types: the model tells the texts of a pair apart, which a class of its own would know.
   Raises ValueError where transformers has no tokenizer of these ids.
   """
   if tokenizer.kind == 'huggingface':
     files = tokenizer._files()
     settings = json.loads(files.get(SETTINGS, b'{}')) | {'tokenizer_class': CLASS}
+    if has_types:
+      settings.setdefault('model_input_names', ['input_ids', 'token_type_ids', 'attention_mask'])
     return files | {SETTINGS: _bytes(settings)}, ''
 
   makers = {'sentencepiece': _sentencepiece, 'byte': _byte, 'char': _char}
@@ -92,9 +97,6 @@ def _whole(parts: dict, names: Mapping[str, int], tokenizer: Tokenizer, has_enco
   ]
   end = tokenizer.eos if has_encoder else tokenizer.bos
   name = next(name for name, index in names.items() if index == end)
-  around = {'SpecialToken': {'id': name, 'type_id': 0}}
-  text = {'Sequence': {'id': 'A', 'type_id': 0}}
-  other = {'Sequence': {'id': 'B', 'type_id': 0}}
   return {
     'version': '1.0',
     'truncation': None,
@@ -102,14 +104,22 @@ def _whole(parts: dict, names: Mapping[str, int], tokenizer: Tokenizer, has_enco
     'added_tokens': sorted(added, key=lambda token: token['id']),
     'normalizer': None,
     'pre_tokenizer': None,
-    'post_processor': {
-      'type': 'TemplateProcessing',
-      'single': [text, around] if has_encoder else [around, text],
-      'pair': [text, around, other, around] if has_encoder else [around, text, other],
-      'special_tokens': {name: {'id': name, 'ids': [end], 'tokens': [name]}},
-    },
+    'post_processor': around(name, end, behind=has_encoder),
     'decoder': {'type': 'Sequence', 'decoders': [{'type': 'ByteFallback'}, {'type': 'Fuse'}]},
   } | parts
+
+
+def around(name: str, index: int, behind: bool = False) -> dict:
+  """A tokenizer.json's post_processor that puts a token before a text, or behind each of a pair."""
+  token = {'SpecialToken': {'id': name, 'type_id': 0}}
+  text = {'Sequence': {'id': 'A', 'type_id': 0}}
+  other = {'Sequence': {'id': 'B', 'type_id': 0}}
+  return {
+    'type': 'TemplateProcessing',
+    'single': [text, token] if behind else [token, text],
+    'pair': [text, token, other, token] if behind else [token, text, other],
+    'special_tokens': {name: {'id': name, 'ids': [index], 'tokens': [name]}},
+  }
 
 
 def _bpe(vocabulary: Mapping[str, int], merges=(), **settings) -> dict:

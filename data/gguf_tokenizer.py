@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import names
+from data.export import around
 from data.gguf import GGUF
 from data.huggingface import DEFINITION, SETTINGS, HuggingFaceTokenizer
 
@@ -117,9 +118,14 @@ def written(gguf: GGUF) -> dict[str, dict]:
         'known which text becomes it; import with --tokenizer=PATH, or none'
       )
   definition['model']['vocab'] = {token: i for i, token in enumerate(tokens[: last + 1])}
+  settings = _settings(gguf, tokens)
+  begins = settings['add_bos_token']
+  definition['post_processor'] = (
+    around(settings['bos_token'], _id(gguf, 'bos', len(tokens))) if begins else None
+  )
   return {
     DEFINITION: {'version': '1.0', 'truncation': None, 'padding': None} | definition,
-    SETTINGS: _settings(gguf, tokens),
+    SETTINGS: settings,
   }
 
 
@@ -141,7 +147,6 @@ def _byte_level(gguf: GGUF) -> dict:
   return {
     'normalizer': normalizer,
     'pre_tokenizer': cut,
-    'post_processor': None,
     'decoder': _GPT2,
     'model': _bpe(merges) | {'ignore_merges': whole_parts},
   }
@@ -169,7 +174,6 @@ def _sentencepiece(gguf: GGUF, tokens: list[str], kinds: list[int]) -> dict:
       'normalizers': [{'type': 'Prepend', 'prepend': SPACE}] * prefix + [spaces],
     },
     'pre_tokenizer': None,
-    'post_processor': None,
     'decoder': {
       'type': 'Sequence',
       'decoders': [back, {'type': 'ByteFallback'}, {'type': 'Fuse'}] + [strip] * prefix,
@@ -219,10 +223,18 @@ def _settings(gguf: GGUF, tokens: list[str]) -> dict[str, Any]:
   if not ends:
     raise ValueError(f'{gguf.path}: no key {PREFIX}eos_token_id tells where a text ends')
   settings.setdefault('eos_token', tokens[ends[0]])
-  settings['add_bos_token'] = gguf.get(PREFIX + 'add_bos_token', bool, False)
+  settings['add_bos_token'] = _begins(gguf) and 'bos_token' in settings
   if templates := _templates(gguf.keys):
     settings['chat_template'] = templates
   return settings
+
+
+def _begins(gguf: GGUF) -> bool:
+  """Whether a text begins with bos; where the file does not say it, as llama.cpp has it: texts of
+  Llama 2 (SentencePiece) and 3 do.
+  """
+  built = gguf.get(PREFIX + 'model', str) == 'llama' or gguf.keys.get(PREFIX + 'pre') == 'llama-bpe'
+  return gguf.get(PREFIX + 'add_bos_token', bool, built)
 
 
 def _templates(keys: Mapping[str, Any]) -> list[dict[str, str]]:

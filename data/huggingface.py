@@ -78,8 +78,8 @@ class HuggingFaceTokenizer(Tokenizer):
         f'{DEFINITION} that does, such as {{"eos_token": "</s>"}}'
       )
 
-    definition = _definition(contents)
-    vocabulary = _vocabulary(definition)
+    definition = definition_of(contents)
+    vocabulary = vocabulary_of(definition)
     added = {token['content']: token['id'] for token in definition['added_tokens']}
     control = {
       token['content']: token['id'] for token in definition['added_tokens'] if token['special']
@@ -264,10 +264,10 @@ def _roles(settings: dict) -> dict[str, str]:
     for key, value in settings.items()
     if key.endswith('_token') and isinstance(value, (str, dict))
   }
-  return {key: _content(value) for key, value in tokens.items()}
+  return {key: content_of(value) for key, value in tokens.items()}
 
 
-def _content(token: str | dict) -> str:
+def content_of(token: str | dict) -> str:
   """Of a token given by its text, or by an object with its matching rules."""
   return token if isinstance(token, str) else token['content']
 
@@ -288,7 +288,8 @@ def _templates(contents: Mapping[str, bytes], settings: dict) -> dict[str, str]:
   )
 
 
-def _vocabulary(definition: dict) -> dict[str, int]:
+def vocabulary_of(definition: dict) -> dict[str, int]:
+  """Ids of a parsed tokenizer.json's pieces."""
   # Unigram has a list of [piece, score], the others a dict.
   vocabulary = definition['model']['vocab']
   if isinstance(vocabulary, dict):
@@ -296,7 +297,7 @@ def _vocabulary(definition: dict) -> dict[str, int]:
   return {piece: index for index, (piece, _) in enumerate(vocabulary)}
 
 
-def _definition(contents: Mapping[str, bytes]) -> dict:
+def definition_of(contents: Mapping[str, bytes]) -> dict:
   """The parsed tokenizer.json, without truncation and padding,
   with all added tokens that the settings tell of.
   """
@@ -313,10 +314,10 @@ def _definition(contents: Mapping[str, bytes]) -> dict:
     known = added.setdefault(token['content'], rules | token | {'id': int(index)})
     known['special'] = known['special'] or token.get('special', False)
 
-  vocabulary = _vocabulary(definition)
+  vocabulary = vocabulary_of(definition)
   more = [settings.get(key) or [] for key in ('additional_special_tokens', 'extra_special_tokens')]
   listed = [
-    _content(token)
+    content_of(token)
     for tokens in more
     for token in (tokens.values() if isinstance(tokens, dict) else tokens)
   ]

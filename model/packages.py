@@ -56,7 +56,7 @@ def path(name: str) -> pathlib.Path:
 
 
 # What an import reads of a repository on the hub.
-WANTED = (*hub.SMALL, 'model*.safetensors')
+WANTED = (*hub.SMALL, 'model*.safetensors', 'adapter_model.safetensors')
 _HUB = re.compile(r'([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?')
 
 

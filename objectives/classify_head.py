@@ -5,7 +5,6 @@ B rows of a batch · T length · L labels
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +60,10 @@ class ClassifyHead(Objective, examples.Packed):
     return Template.read(self.template).labels
 
   def models(self, config):
-    make = functools.partial(heads.new, labels=len(self.labels))
+    # Not before a head is wanted: an export names it where no template lies any more.
+    def make(config, seed):
+      return heads.new(config, seed, labels=len(self.labels))
+
     return {MAIN: Role(config), HEAD: Role(config, made=make)}
 
   def accepts(self, models):

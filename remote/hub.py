@@ -15,6 +15,7 @@ from typing import NamedTuple
 SMALL = (
   '*.json',
   'chat_template.jinja',
+  'additional_chat_templates/*.jinja',
   'tokenizer.model',
   'spiece.model',
   'sentencepiece*.model',
@@ -84,7 +85,8 @@ def brought(of: Named, wanted: Sequence[str], remedy: str) -> pathlib.Path:
     ) from error
   only = {'repo_type': 'dataset'} if of.kind == 'dataset' else {}
   if of.kind == 'model' and not of.path:
-    only = {'ignore_patterns': ['*/*']}
+    # But for the folder of templates, of which no others are wanted.
+    only = {'ignore_patterns': ['*/*.json', '*/*.model', '*/*.safetensors']}
   try:
     return pathlib.Path(
       huggingface_hub.snapshot_download(

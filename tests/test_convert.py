@@ -17,9 +17,10 @@ from data.generation import GENERATION, ends as ends_of
 from decode.constrain import Constraint
 from decode.defaults import model_defaults
 from decode.generator import Generator
+from model import checkpoint
 from model.tensorfiles import INDEX
 from tests.goldens import ours
-from tests.model.test_model_checkpoint import LLAMA, write_tokenizer
+from tests.model.test_model_checkpoint import LLAMA, T5, write_tokenizer
 from training import config as configs
 from workdir.seals import ORIGIN
 
@@ -137,6 +138,29 @@ def test_defaults_of_the_model_are_taken_when_asked_for_and_printed(imported):
   assert Generator.load(imported / 'run').defaults == {'temperature': 0.25, 'top_p': 0.5}
 
 
+def without_rows(tmp_path, rows):
+  """A checkpoint with so many rows, whose tokenizer has 257 ids and one of images behind them."""
+  ours.build(LLAMA | {'vocab_size': rows}, tmp_path / 'hf')
+  write_tokenizer(tmp_path / 'hf')
+  tokenizers.load(tmp_path / 'hf').extended(['<image>']).save(tmp_path / 'hf')
+
+
+@pytest.mark.slow
+def test_a_control_token_that_has_no_row_stays_behind(tmp_path, capsys):
+  without_rows(tmp_path, 257)
+  command('import', '--from', tmp_path / 'hf', '--workdir', tmp_path / 'run')
+  said = 'NOTE: the model has 257 rows, and none for the control tokens <image>'
+  assert said in capsys.readouterr().out
+  assert tokenizers.load(tmp_path / 'run' / 'tokenizer').vocabulary == 257
+  assert configs.load(tmp_path / 'run').model.V == 257
+
+
+def test_texts_whose_ids_have_no_row_are_refused_before_the_model_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, 'load', lambda *_, **__: pytest.fail('it was read'))
+  without_rows(tmp_path, 256)  # the end has none, too
+  refused(tmp_path, 'has 258 ids, and the model 256 rows for them: none for 256')
+
+
 def refused(tmp_path, words):
   with pytest.raises(SystemExit, match=f'error: .*{words}'):
     command('import', '--from', tmp_path / 'hf', '--workdir', tmp_path / 'run')
@@ -170,7 +194,7 @@ def test_an_index_leads_nowhere_else(tmp_path, file):
   ],
 )
 def test_files_that_are_damaged_are_named(tmp_path, name, content, words):
-  ours.build(LLAMA, tmp_path / 'hf')
+  ours.build(LLAMA | {'vocab_size': 300}, tmp_path / 'hf')
   if name == GENERATION:
     write_tokenizer(tmp_path / 'hf')
   (tmp_path / 'hf' / name).write_text(content)
@@ -212,7 +236,11 @@ GPT2 = {
 
 @pytest.mark.parametrize(
   'hf',
-  [pytest.param(MISTRAL, id='mistral'), pytest.param(GPT2, id='gpt2', marks=pytest.mark.slow)],
+  [
+    pytest.param(MISTRAL, id='mistral'),
+    pytest.param(GPT2, id='gpt2', marks=pytest.mark.slow),
+    pytest.param(T5, id='t5', marks=pytest.mark.slow),
+  ],
 )
 def test_a_model_goes_out_as_what_it_came_in(tmp_path, hf):
   """A Mistral without a window is a Llama, number for number, but not for who serves it; and what
@@ -239,14 +267,18 @@ def test_a_name_of_the_hub_is_brought_by_its_library(imported, tmp_path, monkeyp
     asked.append((repository, options.pop('revision')))
     ignored = options.pop('ignore_patterns')
     files = ['config.json', 'model-00001-of-00002.safetensors', 'tokenizer.model', 'README.md']
-    files += ['pytorch_model.bin', 'original/model.safetensors', 'consolidated.safetensors']
+    files += ['adapter_model.safetensors', 'additional_chat_templates/tools.jinja']
+    brought = len(files) - 1
+    files.remove('README.md')
+    files += ['README.md', 'pytorch_model.bin', 'original/model.safetensors', 'model/config.json']
+    files += ['consolidated.safetensors', 'model/model.safetensors', 'original/tokenizer.model']
     wanted = [
       file
       for file in files
       if any(fnmatch.fnmatch(file, p) for p in options['allow_patterns'])
       and not any(fnmatch.fnmatch(file, p) for p in ignored)
     ]
-    assert wanted == files[:3] and options.keys() == {'allow_patterns'}
+    assert wanted == files[:brought] and options.keys() == {'allow_patterns'}
     return str(imported / 'hf')
 
   hub.snapshot_download = snapshot_download

@@ -163,7 +163,8 @@ def merge(
   made of stays as it is.
 
   name: of the checkpoint. Raises ValueError for a run without an adapter, and for a base in bytes
-    where nobody has said that it may become numbers; FileExistsError where `to` is taken.
+    where nobody has said that it may become numbers, or one in numbers where somebody has;
+    FileExistsError where `to` is taken.
   """
   workdir, config = pathlib.Path(workdir), config_of(workdir)
   if not config.adapter.kind:
@@ -175,6 +176,10 @@ def merge(
       'take the run as it is'
     )
   coded = config.adapter.base or ', '.join(config.model.execution.stored)
+  if dequantise and not coded:
+    raise ValueError(
+      f'--dequantise is of a base in bytes, and that of {workdir} is in numbers; leave it out'
+    )
   if coded and not dequantise:
     raise ValueError(
       f'{workdir} was trained on a base in {coded} (adapter.base, or a run in codes), which a sum '
@@ -185,6 +190,7 @@ def merge(
     model_config = untied(model_config)
   checkpoints = Checkpoints(workdir, log=log)
   step = step_of(checkpoints, name)
+  check_own(checkpoints.record(step), workdir)
   mesh = checkpoint.default_mesh(config.model)
   with checkpoint.new_directory(to) as partial, jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
@@ -193,21 +199,32 @@ def merge(
       model = jax.jit(dequantised, static_argnames='dtype')(model, dtype='float32')
       model_config = numbers_config(model_config, model.head.tokens is not None)
       model_config = model_config.with_execution(parameter_dtype='float32')
+    heads = heads_at(config, checkpoints, step)
     copied(workdir, partial)
     run = dataclasses.replace(config, model=model_config, adapter=AdapterConfig(), init='')
-    write_run(partial, run, _models(config, checkpoints, step, model), log)
+    write_run(partial, run, with_heads(config, model, heads), log)
   log(f'{to}: step {step} of {workdir}, its adapter merged')
 
 
-def _models(config, checkpoints, step, model) -> dict[str, Any]:
-  """What a merged run keeps: the model, with a head that was trained beside the adapter."""
+def heads_of(config: configs.Config) -> list[str]:
+  """Names of the heads that a run trained on its model, which are a part of what it is."""
   aside = config.objective.aside
-  made = [name for name, role in states.roles(config).items() if role.made and name not in aside]
+  taken = config.objective.models(config.model)
+  return [name for name, role in taken.items() if role.made and name not in aside]
+
+
+def heads_at(config: configs.Config, checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+  """These heads, at a step, by name; on the mesh in context."""
   read = {}
-  for name in made:
+  for name in heads_of(config):
     target = params.abstract(lambda: states.new_model(config, name), jax.sharding.get_mesh())
     read[name] = checkpoints.restore(step, target, f'models.{name}')
-  return {'models': {config.objective.main: model} | read} if made else {'model': model}
+  return read
+
+
+def with_heads(config: configs.Config, model, heads: dict[str, Any]) -> dict[str, Any]:
+  """What a run keeps (workdir.untrained) whose model was made of another's, with heads of that."""
+  return {'models': {config.objective.main: model} | heads} if heads else {'model': model}
 
 
 def export_adapter(
@@ -230,15 +247,17 @@ def import_adapter(
 ) -> None:
   """Writes a run whose adapter is one of PEFT's, on the model of the run at `base`.
 
-  Raises as peft.read.
+  Raises as peft.read, and ValueError where the base's texts are read or end otherwise now.
   """
   config = config_of(base)
   if config.adapter.kind:
     raise ValueError(f'--base={base} holds an adapter itself; merge it first (convert.py merge)')
+  checkpoints = Checkpoints(base, log=log)
+  last = checkpoints.latest()
+  check_own(checkpoints.record(last), base)
   settings, arrays = peft.read(source, config.model, family)
   optimizer = dataclasses.replace(config.optimizer, prune='')  # what is frozen keeps its zeros
   config = dataclasses.replace(config, adapter=settings, init=str(base), optimizer=optimizer)
-  checkpoints = Checkpoints(base, log=log)
   mesh = checkpoint.default_mesh(config.model)
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: states.new_model(config, states.ADAPTER), mesh)
@@ -249,7 +268,7 @@ def import_adapter(
       placed.append(jax.device_put(arrays[leaf][part].reshape(x.shape), x.sharding))
     adapter = jax.tree.unflatten(jax.tree.structure(target), placed)
     copied(base, directory)
-    references = {config.objective.main: checkpoints.reference(checkpoints.latest())}
+    references = {config.objective.main: checkpoints.reference(last)}
     write_run(directory, config, {'models': {states.ADAPTER: adapter}}, log, references)
 
 

@@ -57,14 +57,14 @@ def entries(
   mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   with jax.set_mesh(mesh):
     target = params.abstract(lambda: transformer.init(config.model, 0), mesh)
-    kinds = _in_low(target, log)
+    kinds, every = _in_low(target, log), len(_kinds(target))
     model = checkpoints.model(target, step_of(checkpoints, name))
     given = calibration or Calibration()
     batches, _ = rows_of(workdir, config, name, tokenizer, given, log)
     costs = costs_of(model, batches, tokenizer, bound)
 
     def stored(low):
-      rest = [f'*={HIGH}'] if len(low) < len(kinds) else []  # an entry of no matrix is refused
+      rest = [f'*={HIGH}'] if len(low) < every else []  # an entry of no matrix is refused
       return [*(f'*.{kind}={LOW}' for kind in low), *rest]
 
     def make(low):

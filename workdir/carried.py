@@ -70,7 +70,9 @@ def write_tokenizer(directory: pathlib.Path, tokenizer, config, family: str, log
   """Files that give others the tokenizer's ids, or none that would give them other ones."""
   model = getattr(tokenizer, 'model', None)  # of SentencePiece
   try:
-    contents, note = export.contents(tokenizer, bool(config.encoder_layers))
+    contents, note = export.contents(
+      tokenizer, bool(config.encoder_layers), bool(config.token_types)
+    )
     if model:
       contents = {'tokenizer.model': model} | contents
   except ValueError as error:

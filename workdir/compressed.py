@@ -24,7 +24,7 @@ from model import checkpoint, params, transformer
 from model.weights import read
 from model.weights.scheme import parsed, stored
 from parallel.mesh import MeshConfig, make_mesh
-from workdir.adapted import copied
+from workdir.adapted import copied, heads_at, with_heads
 from workdir.calibrated import Calibration, rows as rows_of
 from workdir.checkpoint import Checkpoints
 from workdir.open import check_own, config_of, step_of
@@ -86,6 +86,7 @@ def quantise(
     target = params.abstract(lambda: transformer.init(network, 0), mesh)
     # What does not fit is said before anything is read.
     jax.eval_shape(functools.partial(stored, entries=entries), target)
+    heads = heads_at(config, checkpoints, step)
     before, facts = model_bytes(target), {'method': method, 'stored': list(entries)}
     if by is None:
       model = streamed(target, entries, method, functools.partial(_taken, checkpoints, step))
@@ -99,7 +100,7 @@ def quantise(
     copied(workdir, partial)
     files.replace(partial / FILE, json.dumps(facts, indent=1) + '\n')
     run = dataclasses.replace(config, model=small, init='')
-    write_run(partial, run, {'model': model}, log)
+    write_run(partial, run, with_heads(config, model, heads), log)
   if by is not None:
     kept.remove()
   for line in kept_as_it_is(model):

@@ -48,8 +48,16 @@ def judge(
   texts: files of text; none: modules of the interpreter's library that training on it holds out.
   limit: so many texts at most. by_layer: of so many tokens, what each matrix alone costs; 0: not
   asked. topologies: where the time of a token is predicted (analysis.predicted).
-  Raises ValueError for runs that do not read alike, ImportError without a topology's compiler.
+  Raises ValueError for runs that do not read alike and for numbers that are impossible, ImportError
+    without a topology's compiler.
   """
+  if limit < 0:
+    raise ValueError(f'--limit={limit} must be at least 0, which is all texts')
+  if by_layer == 1 or by_layer < 0:
+    raise ValueError(
+      f'--by_layer={by_layer} must be 0, which does not ask, or at least 2: a token is judged by '
+      'what is said before it'
+    )
   documents = [pathlib.Path(path).read_text() for path in texts] or list(library.held_out())
   documents = documents[:limit] if limit else documents
   if not documents:

@@ -30,7 +30,7 @@ from model import checkpoint, params, transformer
 from model.weights import read
 from model.weights.scheme import stored, summed_of
 from parallel.mesh import MeshConfig, make_mesh
-from workdir.adapted import copied
+from workdir.adapted import copied, heads_at, with_heads
 from workdir.bounded_codes import costs_of
 from workdir.calibrated import Calibration, rows as rows_of
 from workdir.checkpoint import Checkpoints
@@ -87,6 +87,7 @@ def prune(
     # What does not fit is said before anything is read.
     asked.check_keep(params.by_name(target))
     jax.eval_shape(functools.partial(_packed, asked=asked), target)
+    heads = heads_at(config, checkpoints, step)
     facts, batches, kept = dataclasses.asdict(asked), [], None
     if asked.calibrated:
       tokenizer = tokenizers.load(workdir / 'tokenizer')
@@ -113,7 +114,7 @@ def prune(
     run = dataclasses.replace(config, model=small, init='', optimizer=optimizer)
     copied(workdir, partial)
     files.replace(partial / FILE, json.dumps(facts, indent=1) + '\n')
-    write_run(partial, run, {'model': model}, log)
+    write_run(partial, run, with_heads(config, model, heads), log)
   shutil.rmtree(layers_beside(to), ignore_errors=True)
   after = model_bytes(model)
   log(
@@ -161,7 +162,7 @@ def thinned(
     )
     for line in expected(model, batches, change):
       log(line)
-    return _finite(walk.walk(model, batches, change, log, kept and kept(asked)))
+    return walk.walk(model, batches, change, log, kept and kept(asked))
   counts = {}
   if asked.pattern.scope == 'global':
     sizes = {name: jnp.abs(read(p).numbers(p.dtype)) for name, p in chosen.items()}
@@ -175,17 +176,6 @@ def thinned(
     return p.replace(_thin(p.get_value(), summed_of(p), asked.pattern, counts.get(name)))
 
   return jax.tree_util.tree_map_with_path(one, model, is_leaf=params.is_param)
-
-
-def _finite(model):
-  """The model. Raises ValueError where what made up for the rest is no number."""
-  for name, p in params.by_name(model).items():
-    if not np.isfinite(np.asarray(p.get_value())).all():
-      raise ValueError(
-        f'{name} holds NaN or infinity now: its inputs are too much alike for f32 to tell '
-        'them apart; give more samples, or use --method=wanda'
-      )
-  return model
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -8,8 +8,8 @@ Each family is a module with
   to_hf(config)  a config.json that transformers loads
   tensors(config)  our leaf -> common.Source: where each parameter lies in a checkpoint
   BUFFERS, TIED  patterns of tensors that hold no parameter; names of one tensor twice
-and, where a checkpoint needs it, PREFIXES (a prefix of names -> others in use) and
-with_tensors(config, names).
+and, where a checkpoint needs it, PREFIXES (a prefix of names -> others in use),
+with_tensors(config, names) and flat(hf), the config.json whose keys `config` is to look at.
 """
 
 import dataclasses
@@ -70,9 +70,10 @@ def read(
   """
   kind = names_.check('model_type of config.json', hf.get('model_type'), TYPES)
   family = FAMILIES[TYPES[kind]]
-  for key in ignore:
-    names_.check('--ignore_key', key, hf)
   try:
+    hf = family.flat(hf) if hasattr(family, 'flat') else hf
+    for key in ignore:
+      names_.check('--ignore_key', key, hf)
     config = family.config({key: value for key, value in hf.items() if key not in ignore})
   except (
     TypeError,

@@ -361,7 +361,9 @@ def canonical(config: ModelConfig) -> ModelConfig:
     moe=MoEConfig(),
     rope=_canonical_rope(config, looks) if config.position == 'rope' else RopeConfig(),
   )
-  if config.position != 'relative':
+  if config.position == 'relative':
+    changes['max_length'] = 0  # of data: distances are in buckets, and no table has rows of it
+  else:
     changes |= dict(
       relative_buckets=default.relative_buckets, relative_distance=default.relative_distance
     )

@@ -16,6 +16,15 @@ BUFFERS, TIED = common.BUFFERS, common.TIED
 PREFIXES = {
   'model.': ('language_model.model.', 'model.language_model.')
 }  # with a vision tower, saved by transformers 4 and 5
+# What a config.json says of images, and where it says the rest.
+TOWER = (
+  'text_config',
+  'vision_config',
+  'mm_tokens_per_image',
+  'boi_token_index',
+  'eoi_token_index',
+  'image_token_index',
+)
 DEFAULTS = gemma2.DEFAULTS | dict(
   vocab_size=262_208,
   hidden_size=2304,
@@ -32,10 +41,17 @@ DEFAULTS = gemma2.DEFAULTS | dict(
 )  # transformers 4 wrote only what differs from these into a text_config
 
 
+def flat(hf: dict) -> dict:
+  """A config.json as a text model has it: keys of that, and beside them those of both that are not
+  of the tower.
+  """
+  if hf.get('model_type') != 'gemma3':
+    return hf
+  return hf['text_config'] | {key: value for key, value in hf.items() if key not in TOWER}
+
+
 def config(hf: dict) -> ModelConfig:
   """The ModelConfig of a config.json."""
-  if hf.get('model_type') == 'gemma3':
-    hf = hf['text_config'] | {'quantization_config': hf.get('quantization_config')}
   keys = Keys(hf, **DEFAULTS)
   keys.only('attn_logit_softcapping', None)  # which transformers does not apply in Gemma 3
   layers, every = (

@@ -82,7 +82,7 @@ def to_hf(config: ModelConfig) -> dict:
   act = {'gelu': 'gelu' if config.gated else 'gelu_new', 'gelu_exact': 'gelu'}.get(
     config.activation, config.activation
   )
-  hf = dict(
+  return dict(
     architectures=['T5ForConditionalGeneration'],
     model_type='t5',
     vocab_size=config.V,
@@ -101,7 +101,6 @@ def to_hf(config: ModelConfig) -> dict:
     tie_word_embeddings=config.tie_embeddings,
     scale_decoder_outputs=config.logit_scale != 1.0,
   )
-  return hf | ({'n_positions': config.max_length} if config.max_length else {})
 
 
 def tensors(config: ModelConfig) -> dict[str, common.Source]:

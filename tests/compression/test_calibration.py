@@ -225,6 +225,22 @@ def test_what_cannot_be_calibrated_is_named(small, monkeypatch):
     walk(broken, batches, change, print)
 
 
+def test_a_layer_that_is_no_numbers_now_is_named_and_not_kept(small, tmp_path):
+  model, batches = small
+  change = LayerChange(
+    by_matrix(lambda name, p, _: Plain(read(p).numbers('float32') * jnp.nan, p.axes)),
+    lambda name, _: name.endswith('.down'),
+    False,
+    instead='--method=other',
+  )
+  kept = Kept(tmp_path, {})
+  with pytest.raises(
+    ValueError, match=r'down of layer 0 holds NaN .*too much alike.*--method=other'
+  ):
+    walk(model, batches[:1], change, print, kept)
+  assert not [*tmp_path.glob('*.layer')]
+
+
 def test_experts_that_saw_too_few_tokens_get_others_statistics():
   sums = calibration.InputStatistics(
     jnp.float32([9, 1]),

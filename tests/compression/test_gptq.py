@@ -142,3 +142,20 @@ def test_each_expert_has_its_own():
   for i in range(2):
     alone = made('int4:group=8', both[0][i], both[1][i]).numbers('float32')
     np.testing.assert_array_equal(numbers[i], alone)
+
+
+@pytest.mark.parametrize(
+  'scheme', ['int4:group=32', slow('int8'), slow('fp8'), slow('nf4:group=32:double')]
+)
+def test_inputs_that_cannot_be_told_apart_are_in_the_scales(scheme):
+  """Of sums that rounding has left indefinite no code is one of H: the walk refuses a NaN."""
+  w, x = layer(inputs=IN)
+  alike = np.ones((IN, IN)) - 0.02 * np.eye(IN)
+  floats = [
+    leaf
+    for leaf in jax.tree.leaves(made(scheme, w, alike))
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  ]
+  assert floats and all(np.isnan(np.asarray(leaf, np.float32)).all() for leaf in floats)
+  whole = made(scheme, w, x.T @ x)
+  assert np.isfinite(np.asarray(whole.numbers('float32'))).all()

@@ -41,3 +41,15 @@ def test_a_tokenizer_of_others_keeps_its_files_but_for_the_class():
   assert note == '' and contents['tokenizer.json'] == families.contents('gemma')['tokenizer.json']
   settings = json.loads(contents['tokenizer_config.json'])
   assert settings == families.SETTINGS['gemma'] | {'tokenizer_class': 'PreTrainedTokenizerFast'}
+
+
+@pytest.mark.parametrize('own', [None, ['input_ids']])
+def test_texts_of_a_pair_are_told_apart_as_by_the_class_that_goes(own):
+  """BertTokenizer gives token_type_ids; the class that takes its place does where it is told."""
+  given = families.contents('bert')
+  if own:
+    settings = families.SETTINGS['bert'] | {'model_input_names': own}
+    given = given | {'tokenizer_config.json': json.dumps(settings).encode()}
+  contents, _ = export.contents(huggingface.HuggingFaceTokenizer(given), has_types=True)
+  names = json.loads(contents['tokenizer_config.json'])['model_input_names']
+  assert names == (own or ['input_ids', 'token_type_ids', 'attention_mask'])

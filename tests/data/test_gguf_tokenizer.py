@@ -258,3 +258,37 @@ def test_a_run_has_the_tokenizer_its_ends_and_its_template(tmp_path):
   ids = generator.tokenizer.encode(text, special=True)
   assert (ids[0], ids[-1]) == (1, 2)
   assert generator('hello', max_new_tokens=2)[0].ids
+
+
+@pytest.mark.parametrize(
+  'pre, said, begins',
+  [
+    ('llama-bpe', None, True),
+    ('llama-bpe', False, False),
+    ('smollm', None, False),
+    ('smollm', True, True),
+    ('llama', None, True),
+    ('llama', False, False),
+  ],
+)
+def test_a_text_begins_as_the_file_says_or_as_with_llama_cpp(pre, said, begins, tmp_path):
+  import tokenizers as t
+
+  if pre == 'llama':
+    keys = sentencepiece_keys(trained())
+  else:
+    keys = gguf_files.tokenizer_keys(BYTE_LEVEL[pre](), pre)
+  keys |= {} if said is None else {'ggml.add_bos_token': said}
+  found = gguf_tokenizer.read(stored(tmp_path, keys))
+  assert found.begins == begins
+  # As transformers has it, too, and without another id in the text itself.
+  theirs = t.Tokenizer.from_str(found._files()['tokenizer.json'].decode())
+  ids = theirs.encode('some text').ids
+  assert ids == [found.bos] * begins + found.encode('some text')
+  assert json.loads(found._files()['tokenizer_config.json'])['add_bos_token'] == begins
+
+
+def test_a_text_begins_with_no_token_where_none_has_that_role(tmp_path):
+  keys = sentencepiece_keys(trained())
+  del keys['ggml.bos_token_id']
+  assert not gguf_tokenizer.read(stored(tmp_path, keys)).begins

@@ -426,9 +426,17 @@ def test_a_text_model_with_a_vision_tower_is_read_as_the_text_model():
     'sliding_window': 1024,
     'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'},
   }
-  _, config = families.read(
-    {'model_type': 'gemma3', 'text_config': text, 'vision_config': {}, 'mm_tokens_per_image': 256}
-  )
+  whole = {
+    'model_type': 'gemma3',
+    'text_config': text,
+    'vision_config': {},
+    'mm_tokens_per_image': 256,
+    'boi_token_index': 255_999,
+    'eoi_token_index': 256_000,
+    'image_token_index': 262_144,
+    'tie_word_embeddings': True,
+  }
+  _, config = families.read(whole)
   assert (config.V, config.D, config.H, config.window, config.global_every) == (
     262_208,
     2560,
@@ -437,6 +445,13 @@ def test_a_text_model_with_a_vision_tower_is_read_as_the_text_model():
     6,
   )
   assert config.rope == RopeConfig(base=1e6, local_base=1e4, scaling='linear', factor=8.0)
+  # A key is looked at, and can be left out, wherever it stands.
+  for odd in (whole | {'new': 1}, whole | {'text_config': text | {'new': 1}}):
+    with pytest.raises(ValueError, match='new=1.*--ignore_key=new'):
+      families.read(odd)
+    assert families.read(odd, ignore=('new',))[1] == config
+  with pytest.raises(NotImplementedError, match='quantization_config='):
+    families.read(whole | {'quantization_config': {'bits': 4}})
 
 
 @pytest.mark.parametrize(
@@ -528,6 +543,9 @@ def test_canonical_configs_differ_where_the_model_does():
 
   assert all(canonical(changes) == canonical({}) for changes in same)
   assert all(canonical(changes) != canonical({}) for changes in other)
+  # Of a relative position no table has rows: how long a text may be is the data's choice.
+  relative = dict(position='relative', window=0, global_every=0)
+  assert canonical(relative) == canonical(relative | dict(max_length=9))
 
 
 @pytest.mark.parametrize('name', ['gemma2', 'gemma3', 'gpt_oss'])

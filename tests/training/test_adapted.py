@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 import convert
+from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
 from model import checkpoint, families, params
 from model.adaptation import AdapterConfig
 from tests.training.conftest import on, run_here, tiny
 from training import config as configs, state as states
 from workdir import samples
-from workdir.adapted import beside, export_adapter, merge
+from workdir.adapted import beside, export_adapter, import_adapter, merge
 from workdir.checkpoint import Checkpoints
+from workdir.untrained import write_run
 
 LORA = AdapterConfig(kind='lora', rank=2, alpha=64.0)
 
@@ -248,3 +250,54 @@ def test_a_base_in_bytes_is_merged_where_that_is_meant(corpus, base, tmp_path, c
   convert.main([*merge, '--dequantise'])
   for a, b in zip(logprobs(tmp_path / 'small'), logprobs(tmp_path / 'merged'), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def begun(tmp_path):
+  """Runs base and lora, whose arrays are never read, and a directory that holds an adapter."""
+  (tmp_path / 'peft').mkdir()
+  (tmp_path / 'peft' / 'adapter_config.json').write_text('{}')
+  for name, adapter in (('base', AdapterConfig()), ('lora', LORA)):
+    ByteTokenizer().save(tmp_path / name / 'tokenizer')
+    config = dataclasses.replace(tiny(), adapter=adapter, init='elsewhere' if adapter.kind else '')
+    write_run(tmp_path / name, config, {'model': {'x': np.zeros(2)}}, lambda _: None)
+  return tmp_path
+
+
+def test_a_tokenizer_that_was_changed_is_no_part_of_what_is_made(begun):
+  for name in ('base', 'lora'):
+    (begun / name / 'tokenizer' / 'tokenizer.json').write_text('{"kind": "char"}')
+  for ask in (
+    lambda: merge(begun / 'lora', begun / 'out', 'last', False, print),
+    lambda: import_adapter(begun / 'peft', begun / 'base', begun / 'out', None, print),
+  ):
+    with pytest.raises(ValueError, match='tokenizer was changed since checkpoint 0 was written'):
+      ask()
+  assert not (begun / 'out').exists()
+
+
+@pytest.mark.parametrize(
+  'option', ['--dtype=bfloat16', '--tokenizer=none', '--dequantise', '--ignore=x', '--ignore_key=x']
+)
+def test_options_that_an_adapter_has_no_use_for_are_refused(begun, option):
+  command = ['import', '--from', f'{begun}/peft', '--workdir', f'{begun}/out']
+  name = option.partition('=')[0]
+  with pytest.raises(SystemExit, match=f'error: {name}: .*peft holds an adapter.*leave that out'):
+    convert.main([*command, '--base', f'{begun}/base', option])
+
+
+def test_numbers_are_not_made_numbers(begun):
+  command = ['merge', '--workdir', f'{begun}/lora', '--to', f'{begun}/out', '--dequantise']
+  with pytest.raises(SystemExit, match='--dequantise is of a base in bytes.*leave it out'):
+    convert.main(command)
+
+
+def test_a_checkpoint_that_is_damaged_is_not_exported(begun, monkeypatch):
+  """Though it is asked for by its step, and another one is the last."""
+  checkpoints = Checkpoints(begun / 'base')
+  checkpoints.save(1, {'model': {'x': np.zeros(2)}}, {}, {}, donated=False)
+  checkpoints.wait()
+  monkeypatch.setattr(Checkpoints, 'problems', lambda _, step: ['it was cut'] * (step == 0))
+  command = ['export', '--workdir', f'{begun}/base', '--to', f'{begun}/out', '--checkpoint=0']
+  with pytest.raises(SystemExit, match='checkpoint 0 is damaged: it was cut'):
+    convert.main(command)

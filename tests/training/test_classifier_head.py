@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import convert
 from data import labelled, showing
 from data.classes import within
 from data.config import CleanConfig, SourceConfig
@@ -37,10 +38,11 @@ from tests.training.conftest import (
   tiny,
 )
 from tests.training.test_tuned_classifier import BERT
-from training import program
+from training import program, state as states
 from workdir import adapted, judging_run
 from workdir.head import head_of
 from workdir.open import open_run
+from workdir.untrained import write_run
 
 LABELS = ('up', 'down', 'side')
 # The first letter tells the label; lengths pack into rows of T unevenly.
@@ -372,3 +374,26 @@ def test_what_else_it_cannot_do_is_refused(tmp_path):
   writer, _ = made.objective.writer(ByteTokenizer())
   with pytest.raises(ValueError, match="here: label='out' is unknown"):
     writer.example('here', LabelRecord('a', 'out'))
+
+
+@pytest.mark.slow
+def test_a_head_goes_with_the_run_that_is_made_smaller_and_not_with_an_export(tmp_path, capsys):
+  made = config(tmp_path, 'decoder')
+  with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+    trained = {name: states.new_model(made, name) for name in states.roles(made)}
+  ByteTokenizer().save(tmp_path / 'run' / 'tokenizer')
+  write_run(tmp_path / 'run', made, {'models': trained}, lambda _: None)
+
+  def run(name, *options):
+    convert.main([name, '--workdir', f'{tmp_path}/run', '--to', f'{tmp_path}/{name}', *options])
+    return tmp_path / name
+
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  for directory in (run('quantise', '--scheme=int8'), run('prune', '--scheme=0.5')):
+    head = head_of(directory, HEAD, 'last', mesh, made.objective)
+    assert_close(head, trained[HEAD], 0)
+    assert open_run(directory).model.config.V == made.model.V
+  capsys.readouterr()
+  (tmp_path / 'template.json').unlink()  # which says of what labels the head was
+  run('export')
+  assert "NOTE: head of objective.kind='classify_head' stays behind" in capsys.readouterr().out

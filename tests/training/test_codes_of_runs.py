@@ -207,6 +207,15 @@ def test_what_it_is_not_for_is_said(corpus, runs, tmp_path):
     run_here(config, tmp_path / 'trained')
 
 
+@pytest.mark.parametrize(
+  'limit, by_layer, words',
+  [(-1, 0, 'limit=-1 must be at least 0'), (4, 1, 'by_layer=1 must be 0'), (4, -8, 'by_layer=-8')],
+)
+def test_numbers_that_no_judge_takes_are_refused(limit, by_layer, words):
+  with pytest.raises(ValueError, match=words):
+    judge('nowhere', 'nowhere', [], limit, by_layer, [], print)
+
+
 @pytest.fixture(scope='module')
 def models(runs):
   return [open_run(runs / name).model for name in ('run', 'codes')]

@@ -333,3 +333,19 @@ def test_shared_layers_are_told_of_what_prunes_them(one_device):
   rows = bounded.rows_of([[1, 2, 3]], 1, 8)
   with pytest.raises(NotImplementedError, match='use --method=magnitude, without calibration'):
     pruned.thinned(model, asked, rows, None, print)
+
+
+def test_what_4_bits_do_not_fit_is_in_8_where_all_others_are_in_4(tmp_path, monkeypatch):
+  """As is what they do: of a bound that lets all of them be low, an entry is left for the rest."""
+  run, _ = untrained(tmp_path, width=128, feed_forward=96)
+  for name, stub in {
+    'rows_of': lambda *_: ([], {}),
+    'costs_of': lambda *_: [lambda _: 0.0] * 2,
+    'quantised': lambda model, **_: model,
+  }.items():
+    monkeypatch.setattr(bounded_codes, name, stub)
+  monkeypatch.setattr(Checkpoints, 'model', lambda *_: jnp.zeros(()))
+  bound, log = QualityBound.parse('0.1', ''), lambda _: None
+  stored = bounded_codes.entries(run.partition('=')[2], 'last', 'rtn', bound, None, log)
+  assert len(stored) == 7 and stored[-1] == '*=int8'
+  assert not any('down' in entry for entry in stored)
