@@ -335,7 +335,8 @@ def evaluate_harness(ways: list[int], output: pathlib.Path) -> None:
       f'--shots={",".join(SHOTS.value)} beside --lm_eval: its tasks are run once; give one number, '
       'or none for what each task says'
     )
-  shots = None if SHOTS.value == SHOTS.default else ways[0]
+  # --shots=0 is asked for, and the default is not: what a task says may be another number.
+  shots = ways[0] if SHOTS.present else None
   given = LIMIT.value, SEED.value, CHAT.value, SYSTEM.value
   settings = harness.HarnessSettings(tuple(LM_EVAL.value), LM_EVAL_PATH.value, shots, *given)
   model, of = opened()

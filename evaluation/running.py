@@ -97,7 +97,7 @@ class TaskFiles:
 
   def ended(self, asked: Sequence[Item]) -> Summary | None:
     """What was made of all lines; None where they are not all there. Raises ValueError where they
-    are of other questions.
+    are of other questions, or of some of them.
     """
     if 'metrics' not in self._kept:
       return None
@@ -106,6 +106,11 @@ class TaskFiles:
       raise ValueError(
         f'{self.file} is of other questions, {summary.n} with digest {summary.prompts}, and there '
         f'are {len(asked)} with digest {now}: {CHANGED}'
+      )
+    if summary.n != len(asked):
+      raise ValueError(
+        f'{self.file} is of {summary.n} of {len(asked)} questions: it was interrupted, and answers '
+        f'may be cut short; remove it and {self.lines_file}'
       )
     return summary
 
@@ -249,7 +254,9 @@ def _one(model, name: str, task: Task, manner: Manner, place: TaskFiles, log) ->
 
 
 def summarised(name: str, settings: dict, scored: Scorer, lines: Sequence[Line]) -> Summary:
-  """What lines of all questions say together."""
+  """What lines of all questions say together. Raises ValueError for fewer."""
+  if len(lines) != len(scored.asked):
+    raise ValueError(f'{len(lines)} of {len(scored.asked)} questions were answered; ask again')
   task, seed = scored.task, scored.manner.seed
   metrics = {}
   for measure in scored.measures:
