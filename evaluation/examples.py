@@ -7,10 +7,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from data.chat import ChatTemplate, quoted
+from data.chat import PREPARED_DAY, ChatTemplate, quoted
 from data.records import LabelRecord
 from data.template import Template
-from data.tokenizer import in_utf8
+from data.tokenizer import Tokenizer, in_utf8
 from decode.choices import room
 from decode.loaded import LoadedModel
 from evaluation.prompts import Shots
@@ -219,6 +219,19 @@ def is_pairs(task: Task) -> bool:
   )
 
 
+def chat_of(tokenizer: Tokenizer) -> ChatTemplate:
+  """By which questions are turns, as if it were PREPARED_DAY: on another day they are the same."""
+  return ChatTemplate.of(tokenizer, day=PREPARED_DAY)
+
+
+def chat_settings(tokenizer: Tokenizer) -> dict[str, str]:
+  """What of it decides the text of questions, JSON-able: a digest and, where it reads it, the day."""
+  source = tokenizer.chat_templates.get('default', '')
+  said = json.dumps([source, tokenizer.special_tokens])
+  settings = {'chat_template': hashlib.blake2b(said.encode(), digest_size=8).hexdigest()}
+  return settings | ({'day': str(PREPARED_DAY.date())} if 'strftime_now' in source else {})
+
+
 class Asker:
   """Questions of a task as one model reads them.
 
@@ -243,7 +256,7 @@ class Asker:
       )
     if manner.chat and isinstance(task.kind, Classification | Perplexity):
       raise ValueError(f'--chat: a {kind} reads texts as they are, not as turns; leave it out')
-    self._chat = ChatTemplate.of(self._tokenizer) if manner.chat else None
+    self._chat = chat_of(self._tokenizer) if manner.chat else None
 
   def text(self, asked: Item) -> str:
     """All that the model reads before its answer; of a chat with its template's marks."""

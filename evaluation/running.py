@@ -22,7 +22,7 @@ import commands
 import files
 from decode.generator import Generator
 from evaluation.differences import differences, settings_in
-from evaluation.examples import Item, Manner, digest_of, examples, ways
+from evaluation.examples import Item, Manner, chat_settings, digest_of, examples, ways
 from evaluation.scoring import Line, Scorer, scorer
 from evaluation.task import Task
 
@@ -188,6 +188,8 @@ def evaluate(
   where the directory has another evaluation of one of them.
   """
   common = {**_of_manner(manner), 'run': dict(run)}
+  if manner.chat:
+    common |= chat_settings(model.tokenizer)
   _check_alone(output, common)
   failed: dict[str, str] = {}
   asked: list[tuple[str, Task, TaskFiles]] = []
