@@ -5,6 +5,7 @@ before each, frozen before any model sees them; and the same as ids of one model
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 
 from data.chat import PREPARED_DAY, ChatTemplate, quoted
@@ -60,7 +61,8 @@ class Item:
     shots: (prompt, answer) of the examples before it; of a Classification (text, label).
     choices, truth: of a MultipleChoice, and which is right; of a Classification its label.
     references: of a Generate.
-    digest: of all that is asked, what would be right, and by what it is told apart (Task.by).
+    digest: of all that is asked, what would be right, and by what it is told apart (Task.by);
+      where functions of one's own judge an answer by its row, of that, too.
   """
 
   place: str
@@ -204,8 +206,18 @@ def _frozen(task: Task, asked: Item, shots, manner: Manner, template: dict | Non
     said.append(template)
   if task.by:
     said.append(str(asked.row.get(task.by)))
-  digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+  if task.judges_rows:
+    said.append(asked.row)
+  text = json.dumps(said, default=_told)
+  digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
   return dataclasses.replace(asked, shots=shots, digest=digest)
+
+
+def _told(value) -> str | list[str]:
+  """What no JSON has of a row, the same in every process."""
+  if isinstance(value, set | frozenset):
+    return sorted(map(str, value))
+  return re.sub(' at 0x[0-9a-f]+', '', str(value))
 
 
 def is_pairs(task: Task) -> bool:
@@ -225,7 +237,7 @@ def chat_of(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def chat_settings(tokenizer: Tokenizer) -> dict[str, str]:
-  """What of it decides the text of questions, JSON-able: a digest and, where it reads it, the day."""
+  """What of it decides the text of questions, JSON-able: a digest; the day, where it reads that."""
   source = tokenizer.chat_templates.get('default', '')
   said = json.dumps([source, tokenizer.special_tokens])
   settings = {'chat_template': hashlib.blake2b(said.encode(), digest_size=8).hexdigest()}

@@ -36,7 +36,7 @@ SAID = {
   'endless': 'answers ended at max_new_tokens',
   'failed': 'answers ended where the scores were not finite',
 }
-CHANGED = 'the data, or a template, was changed since; give another --output'
+CHANGED = 'the data, a template, or what counts as data, was changed since; give another --output'
 SETTLED = 16  # questions after which it is said how long the others take
 SECONDS = 20.0  # between lines of progress where nobody looks at a terminal
 
