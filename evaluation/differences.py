@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import files
 
 # What older versions wrote nothing of: where a side has none, it is no difference.
-LATER = 'chat_template', 'code'
+LATER = 'chat_template', 'code', 'directed'
 
 
 def differences(was: Mapping, now: Mapping, path: str = '') -> list[str]:

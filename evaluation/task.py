@@ -168,6 +168,8 @@ class Task:
     chance: the score of who knows nothing, for what is left after tuning; None: of a
       MultipleChoice and a Classification that of guessing, else 0.
     rows: what is made of a row before all else: rows, perhaps none.
+    directed: whether one direction of its scores is the better one; False, as of a share of
+      stereotypes, or of refusals where some should be: no model has forgotten it.
 
   Raises ValueError for what makes no sense.
   """
@@ -186,6 +188,7 @@ class Task:
   by: str = ''
   chance: float | None = None
   rows: Callable[[Row], Iterable[Row]] | None = None
+  directed: bool = True
 
   def __post_init__(self):
     if not isinstance(self.kind, Kind):
