@@ -345,7 +345,8 @@ def test_what_was_interrupted_ends_with_the_same_bytes(tmp_path, monkeypatch):
       (part / f'{name}.json').write_text(json.dumps({'settings': kept['settings']}))
       evaluated(part, shots=(0,))
       assert content(part) == expected, (name, cut)
-  assert sum(calls) < 5 * 100, 'what was there is not scored again'
+  # All of them anew would be 330 pairs.
+  assert sum(calls) < 200, 'what was there is not scored again'
 
 
 @pytest.mark.parametrize('name', ['llama', 't5'])
