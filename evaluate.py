@@ -218,10 +218,11 @@ def write(output: pathlib.Path, result: classify.Result, way: str) -> None:
 
 
 def evaluate_rewards(config: configs.Config, output: pathlib.Path) -> None:
-  """Judges a reward model, prints and writes what is said of it, and keeps its scale."""
+  """Judges a reward model, prints and writes what is said of it, and keeps its scale, unless it is
+  of the first pairs alone.
+  """
   place = WORKDIR.value, mesh_of(MESH.value), CHECKPOINT.value
   judged = reward.judge(config, *place, LIMIT.value, SEED.value, print)
-  reward.normalise(WORKDIR.value, judged)
   n = len(judged.differences)
   rows = [[str(estimate) for estimate in judged.metrics.values()]]
   commands.table(f'{n} held-out pairs, with 95% intervals', [*judged.metrics], rows)
@@ -238,10 +239,18 @@ def evaluate_rewards(config: configs.Config, output: pathlib.Path) -> None:
     'scale': judged.scale,
   }
   files.replace(output / f'{REWARDS}.json', json.dumps(content, indent=1) + '\n')
+  print(f'\nwrote {output}/{REWARDS}.json and its calibration')
+  kept = f'{WORKDIR.value}/{reward.FILE}'
+  if LIMIT.value:
+    # Policies that learn from this model would learn from other rewards by a quick look.
+    print(
+      f'NOTE: {kept} is left as it is: a scale is of all pairs; leave out --limit={LIMIT.value}'
+    )
+    return
+  reward.normalise(WORKDIR.value, judged)
   print(
-    f'\nwrote {output}/{REWARDS}.json and its calibration, and '
-    f'{WORKDIR.value}/{reward.FILE}: reward = {judged.scale["gain"]:.4g} x head + '
-    f'{judged.scale["bias"]:.4g}, of {judged.scale["texts"]} answers'
+    f'wrote {kept}: reward = {judged.scale["gain"]:.4g} x head + {judged.scale["bias"]:.4g}, of '
+    f'{judged.scale["texts"]} answers'
   )
 
 
@@ -335,7 +344,8 @@ def evaluate_harness(ways: list[int], output: pathlib.Path) -> None:
       f'--shots={",".join(SHOTS.value)} beside --lm_eval: its tasks are run once; give one number, '
       'or none for what each task says'
     )
-  shots = None if SHOTS.value == SHOTS.default else ways[0]
+  # --shots=0 is asked for, and the default is not: what a task says may be another number.
+  shots = ways[0] if SHOTS.present else None
   given = LIMIT.value, SEED.value, CHAT.value, SYSTEM.value
   settings = harness.HarnessSettings(tuple(LM_EVAL.value), LM_EVAL_PATH.value, shots, *given)
   model, of = opened()

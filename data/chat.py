@@ -15,8 +15,8 @@ import names
 from data.tokenizer import CUT, Tokenizer
 
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
-# The day that templates have in prepared data (strftime_now), whenever that is prepared: one key is
-# the same bytes. Llama 3's have it where they are told no other.
+# The day that templates have in prepared data and in what a task asks (strftime_now), whenever that
+# is: one key is the same bytes. Llama 3's have it where they are told no other.
 PREPARED_DAY = datetime.datetime(2024, 7, 26)
 _NONCE = secrets.token_hex(16)  # no message can hold what can't be guessed
 _OPEN, _CLOSE = f'<{_NONCE}', f'{_NONCE}>'
@@ -63,8 +63,10 @@ class ChatTemplate:
     self.marks_generation = environment.marks_generation
 
   @classmethod
-  def of(cls, tokenizer: Tokenizer, name: str = 'default') -> 'ChatTemplate':
-    """A tokenizer's own template, by name where it has several.
+  def of(
+    cls, tokenizer: Tokenizer, name: str = 'default', day: datetime.datetime | None = None
+  ) -> 'ChatTemplate':
+    """A tokenizer's own template, by name where it has several; day: as of the constructor.
     Raises ValueError where there is none of that name.
     """
     if not tokenizer.chat_templates:
@@ -73,7 +75,7 @@ class ChatTemplate:
         'put a chat_template.jinja beside its tokenizer.json, or make one by ChatTemplate(source)'
       )
     names.check('chat template', name, tokenizer.chat_templates)
-    return cls(tokenizer.chat_templates[name], tokenizer.special_tokens)
+    return cls(tokenizer.chat_templates[name], tokenizer.special_tokens, day)
 
   def render(
     self, messages: Sequence[Mapping], *, add_generation_prompt: bool = False, **variables

@@ -215,7 +215,9 @@ def main(arguments: Sequence[str]) -> None:
       kinds = {row['bias'] for _, row in told}
       kind = names.check(f'bias of rows of {summary.task}', kinds.pop(), KINDS)
       answered = [answered_of(*pair) for pair in told if pair[1]['bias'] == kind]
-      said[summary.name] = show(summary.name, summary.prompts, kind, answered, options.seed)
+      said[summary.name] = {'run': summary.settings.get('run')} | show(
+        summary.name, summary.prompts, kind, answered, options.seed
+      )
     if not said:
       raise ValueError(f'{place} has no results of tasks of bias; evaluate --tasks=crows_pairs, ..')
     text = json.dumps(finite(said), indent=1, ensure_ascii=False)

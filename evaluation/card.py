@@ -126,7 +126,7 @@ def front(
   results = [
     {
       'task': {'type': 'text-generation', 'name': summary.name},
-      'dataset': {'type': summary.task, 'name': f'{summary.task}, {summary.shots} shots'},
+      'dataset': {'type': summary.task, 'name': ', '.join(filter(None, _asked(summary)))},
       'metrics': [
         {
           'type': re.sub(r'\W+', '_', metric).strip('_'),
@@ -151,27 +151,55 @@ def front(
   return '\n'.join(lines)
 
 
+def _asked(summary: Summary) -> list[str]:
+  return [summary.task, f'{summary.shots} shots', _chat(summary)]
+
+
+def _chat(summary: Summary) -> str:
+  return 'chat' if summary.settings.get('chat') else ''
+
+
 def _finite(value) -> bool:
   return isinstance(value, int | float) and math.isfinite(value)
 
 
-def scores(found: Sequence[tuple[pathlib.Path, Summary]], others: Iterable[str], step) -> str:
-  """A table of all, with the checkpoint that each is of; others: paragraphs of other results."""
+def is_of(run: Mapping, digest: str) -> bool:
+  """Whether what was evaluated (`run` of results) is the checkpoint of this digest, in its own
+  weights. Of results from before digests were told it is not known.
+  """
+  return run.get('digest') == digest and not run.get('weights')
+
+
+def scores(
+  found: Sequence[tuple[pathlib.Path, Summary]], others: Iterable[str], step, digest: str
+) -> str:
+  """A table of all, with the checkpoint that each is of; others: paragraphs of other results.
+
+  step, digest: of the last checkpoint, which is the model that the card is of.
+  """
   rows = []
   for place, summary in found:
-    of = summary.settings['run'].get('step')
+    run = summary.settings['run']
+    of = run.get('step') if run.get('digest') == digest else _checkpoint(run)
+    asked = ', '.join(filter(None, [run.get('weights'), _chat(summary)]))
     for name, metric in summary.metrics.items():
       lower = ' ↓' if metric['lower_is_better'] else ''
       row = [summary.task, summary.shots, name + lower, shown(metric), metric['n']]
       chance = f'{summary.chance:.3g}' if summary.chance and 'accuracy' in name else ''
-      rows.append([*row, chance, of, place.name, f'`{summary.prompts[:12]}`'])
+      rows.append([*row, chance, of, asked, place.name, f'`{summary.prompts[:12]}`'])
   headers = ['task', 'shots', 'metric (↓ lower is better)', '95% interval', 'n', 'chance']
-  parts = [page.table([*headers, 'step', 'in', 'prompts'], rows)] if rows else []
+  parts = [page.table([*headers, 'step', 'asked with', 'in', 'prompts'], rows)] if rows else []
   stale = {row[6] for row in rows} - {step}
   if stale:
-    parts.append(f'Of other checkpoints than the last, {step}: {", ".join(map(str, stale))}.')
+    said = ', '.join(sorted(map(str, stale)))
+    parts.append(f'Of other checkpoints than the last, {step}, or of one that is not told: {said}.')
   parts += others
   return '\n\n'.join(parts) or not_yet('python evaluate.py --workdir=RUN --tasks=..')
+
+
+def _checkpoint(run: Mapping) -> str:
+  weights = f' in {run["weights"]}' if run.get('weights') else ''
+  return f'{run.get("step")} of `{run.get("workdir")}`{weights}'
 
 
 def not_yet(command: str) -> str:
@@ -187,7 +215,8 @@ def findings(of: Mapping[str, Mapping], about: str) -> str:
       [f['category'], f['what'], f['n'], shown(f), '' if f.get('p') is None else f'{f["p"]:.3g}']
       for f in each['findings']
     ]
-    parts.append(f'{name}, prompts `{each["prompts"]}`:')
+    of_run = f', checkpoint {_checkpoint(each["run"])}' if each.get('run') else ''
+    parts.append(f'{name}, prompts `{each["prompts"]}`{of_run}:')
     parts.append(page.table(['', '', 'n', '95% interval', 'p (Holm)'], rows[:ROWS]))
     if len(rows) > ROWS:
       parts.append(f'And {len(rows) - ROWS} more.')

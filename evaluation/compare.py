@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import commands
 import files
-from evaluation import page
+from evaluation import page, task as tasks
 from evaluation.differences import differences
 from evaluation.forgetting import LINE, LOST, Change, advice, change, mean_retention, percent
 from evaluation.measures import known
@@ -81,18 +81,27 @@ def compared(before: Mapping[str, Summary], place: str, after: str, seed: int = 
     lines = [[*read_lines(pathlib.Path(at) / f'{name}.jsonl')] for at in (place, after)]
     if [line['digest'] for line in lines[0]] != [line['digest'] for line in lines[1]]:
       raise ValueError(f'{name}: the lines of {place} and {after} are of other questions')
+    directed = _is_directed(before[name])
     for metric in before[name].metrics:
       measure = known(metric, before[name].settings['task'], name)
       if measure is None:
         continue
       sides = [[line['stats'] and line['stats'][metric] for line in of] for of in lines]
       chance = before[name].chance if metric == next(iter(before[name].metrics)) else 0.0
-      changes.append(change(name, measure, *sides, chance, seed))
+      changes.append(change(name, measure, *sides, chance, seed, directed))
   if not changes:
     raise ValueError(
       f'{place} and {after} have no metric that can be compared; see the notes above'
     )
   return changes
+
+
+def _is_directed(summary: Summary) -> bool:
+  """Task.directed; of results from before there was that, as the task of this name says now."""
+  said = summary.settings['task'].get('directed')
+  if said is None and summary.task in tasks.known():
+    said = tasks.read(summary.task)[1].directed
+  return said is None or said
 
 
 def _check_same(before: Summary, after: Summary) -> None:
@@ -129,8 +138,8 @@ def _told(each: Change, adjusted: float) -> list[str]:
     f'{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]',
     f'{each.p:.2g}',
     f'{adjusted:.2g}',
-    percent(each.retention),
-    percent(each.corrected) if each.chance else '',
+    percent(each.retention) if each.directed else '',
+    percent(each.corrected) if each.chance and each.directed else '',
   ]
 
 
@@ -143,8 +152,8 @@ interval of a paired bootstrap. p: that a difference as large is luck (McNemar's
 permutation test); Holm: corrected for as many tests as there are. What is no number on a side, such
 as a perplexity beyond all numbers, is not compared, and is no test. Retention is after / before,
 and before / after where lower is better; above chance, both less the score of guessing. Tasks at
-which the model was at chance before count nowhere. Not shown above {LINE:.0%}: the interval ends
-below it."""
+which the model was at chance before, or of which neither way is better (a share of stereotypes, of
+refusals), count nowhere. Not shown above {LINE:.0%}: the interval ends below it."""
 HEADERS = (
   'task',
   'metric (↓ lower is better)',

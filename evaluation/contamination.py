@@ -84,12 +84,15 @@ class Contaminated:
   """What was found of a task.
 
   Attributes:
-    task: its name. share: of the questions that are long enough to be looked for. short: the
-      others. shown: {number of a question that was found: the words that were}.
-    scores: {'found': an estimate, 'others': ..} of the first metric, named by `metric`.
+    task: its name. looked_for: the questions that are long enough for that. share: of these.
+    short: how many the others are.
+    shown: {number of a question that was found: the words that were}.
+    scores: {'found': an estimate, 'others': ..} of the first metric, named by `metric`, and of what
+      was looked for.
   """
 
   task: str
+  looked_for: frozenset[int]
   share: Estimate
   short: int
   shown: dict[int, str]
@@ -135,6 +138,7 @@ def contaminated(
   return [
     Contaminated(
       name,
+      frozenset(looked_for[name]),
       wilson(len(seen[name]), len(looked_for[name])),
       len(items) - len(looked_for[name]),
       dict(sorted(seen[name].items())),
@@ -160,7 +164,9 @@ def scored(of_task: Contaminated, items: Sequence[Item], results: pathlib.Path, 
     of = [
       line['stats'][metric]
       for line in lines
-      if line['stats'] is not None and (line['i'] in of_task.shown) is wanted
+      if line['stats'] is not None
+      and line['i'] in of_task.looked_for
+      and (line['i'] in of_task.shown) is wanted
     ]
     if of:
       scores[which] = measure.estimate(np.array(of, np.float64), seed)

@@ -6,11 +6,16 @@ from collections.abc import Iterator, Mapping
 
 import files
 
+# What older versions wrote nothing of: where a side has none, it is no difference.
+LATER = 'chat_template', 'code', 'directed'
+
 
 def differences(was: Mapping, now: Mapping, path: str = '') -> list[str]:
   """In which fields two settings differ, and how."""
   lines = []
   for name in dict.fromkeys([*was, *now]):
+    if name in LATER and not (name in was and name in now):
+      continue
     a, b = was.get(name), now.get(name)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
       lines += differences(a, b, f'{path}{name}.')

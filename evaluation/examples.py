@@ -5,12 +5,13 @@ before each, frozen before any model sees them; and the same as ids of one model
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 
-from data.chat import ChatTemplate, quoted
+from data.chat import PREPARED_DAY, ChatTemplate, quoted
 from data.records import LabelRecord
 from data.template import Template
-from data.tokenizer import in_utf8
+from data.tokenizer import Tokenizer, in_utf8
 from decode.choices import room
 from decode.loaded import LoadedModel
 from evaluation.prompts import Shots
@@ -60,7 +61,8 @@ class Item:
     shots: (prompt, answer) of the examples before it; of a Classification (text, label).
     choices, truth: of a MultipleChoice, and which is right; of a Classification its label.
     references: of a Generate.
-    digest: of all that is asked, what would be right, and by what it is told apart (Task.by).
+    digest: of all that is asked, what would be right, and by what it is told apart (Task.by);
+      where functions of one's own judge an answer by its row, of that, too.
   """
 
   place: str
@@ -204,8 +206,18 @@ def _frozen(task: Task, asked: Item, shots, manner: Manner, template: dict | Non
     said.append(template)
   if task.by:
     said.append(str(asked.row.get(task.by)))
-  digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+  if task.judges_rows:
+    said.append(asked.row)
+  text = json.dumps(said, default=_told)
+  digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
   return dataclasses.replace(asked, shots=shots, digest=digest)
+
+
+def _told(value) -> str | list[str]:
+  """What no JSON has of a row, the same in every process."""
+  if isinstance(value, set | frozenset):
+    return sorted(map(str, value))
+  return re.sub(' at 0x[0-9a-f]+', '', str(value))
 
 
 def is_pairs(task: Task) -> bool:
@@ -217,6 +229,19 @@ def is_pairs(task: Task) -> bool:
     and (len(kind.choices), kind.normalise, kind.calibration) == (2, 'sum', 'none')
     and not (task.prompt or task.instruction)
   )
+
+
+def chat_of(tokenizer: Tokenizer) -> ChatTemplate:
+  """By which questions are turns, as if it were PREPARED_DAY: on another day they are the same."""
+  return ChatTemplate.of(tokenizer, day=PREPARED_DAY)
+
+
+def chat_settings(tokenizer: Tokenizer) -> dict[str, str]:
+  """What of it decides the text of questions, JSON-able: a digest; the day, where it reads that."""
+  source = tokenizer.chat_templates.get('default', '')
+  said = json.dumps([source, tokenizer.special_tokens])
+  settings = {'chat_template': hashlib.blake2b(said.encode(), digest_size=8).hexdigest()}
+  return settings | ({'day': str(PREPARED_DAY.date())} if 'strftime_now' in source else {})
 
 
 class Asker:
@@ -243,7 +268,7 @@ class Asker:
       )
     if manner.chat and isinstance(task.kind, Classification | Perplexity):
       raise ValueError(f'--chat: a {kind} reads texts as they are, not as turns; leave it out')
-    self._chat = ChatTemplate.of(self._tokenizer) if manner.chat else None
+    self._chat = chat_of(self._tokenizer) if manner.chat else None
 
   def text(self, asked: Item) -> str:
     """All that the model reads before its answer; of a chat with its template's marks."""

@@ -5,13 +5,14 @@ gained on the target and kept of the rest, and which way is to be taken, by a ru
 import dataclasses
 import io
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import commands
 import files
 from evaluation import compare, page
-from evaluation.forgetting import LINE, LOST, Change, advice, mean_retention, percent
+from evaluation.forgetting import LINE, LOST, NO_NUMBER, Change, advice, mean_retention, percent
 from evaluation.running import Summary, duration, finite, shown
 
 BASE, RESULTS = 'base', 'evaluation'  # directories: the model before, and results below a run's
@@ -20,7 +21,8 @@ ALIKE = 0.95  # of the best gain on the target: as good
 
 RULE = f"""Of the ways that have lost no task (no `WARNING`: retention and retention above chance of
 {LINE:.0%} and more), those with {ALIKE:.0%} of the best gain among them are alike, and the one that
-has kept most is taken. Where every way has lost a task, the one that kept most is the least bad."""
+has kept most is taken; where none of them gains, the one that loses least on the target is. Where
+every way has lost a task, or has no number on the target, who kept most is the least bad."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +67,20 @@ class Outcome:
 
 def recommended(outcomes: Sequence[Outcome]) -> Outcome:
   """Which of several is to be taken, by RULE."""
-  whole = [each for each in outcomes if not each.lost]
-  if not whole:
-    return max(outcomes, key=lambda each: each.kept)
+  whole = _whole(outcomes)
+  alike = [each for each in whole if each.gain >= _as_good(whole)] or outcomes
+  return max(alike, key=lambda each: each.kept)
+
+
+def _whole(outcomes: Sequence[Outcome]) -> list[Outcome]:
+  """Those that have lost no task, and have a number on the target."""
+  return [each for each in outcomes if not each.lost and math.isfinite(each.gain)]
+
+
+def _as_good(whole: Sequence[Outcome]) -> float:
+  """The least gain that is as good as the best of these."""
   best = max(each.gain for each in whole)
-  return max((each for each in whole if each.gain >= ALIKE * best), key=lambda each: each.kept)
+  return min(ALIKE * best, best)  # of a loss, 95% are less of a loss
 
 
 def advised(outcome: Outcome, outcomes: Sequence[Outcome]) -> str:
@@ -78,11 +89,16 @@ def advised(outcome: Outcome, outcomes: Sequence[Outcome]) -> str:
   if outcome.lost:
     said = f'forgets {len(outcome.lost)} of {len(outcome.others)} tasks'
     return f'{said}; the least bad' if chosen else said
+  if not math.isfinite(outcome.gain):
+    return f'keeps all, and has {NO_NUMBER} of the target' + ('; the least bad' if chosen else '')
+  whole = _whole(outcomes)
+  best = max(each.gain for each in whole)
+  if best <= 0:
+    return 'keeps all, and learns nothing' + ('; the best of these' if chosen else '')
   if chosen:
     return 'take this'
-  best = max(each.gain for each in outcomes if not each.lost)
-  if outcome.gain < ALIKE * best:
-    return f'keeps all, and learns {max(outcome.gain, 0) / best:.0%} as much' if best > 0 else ''
+  if outcome.gain < _as_good(whole):
+    return f'keeps all, and learns {max(outcome.gain, 0) / best:.0%} as much'
   return 'keeps all, and less of it'
 
 
@@ -212,7 +228,7 @@ def kept_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     for each in changes:
       kept = percent(each.corrected or each.retention)
       warned = f'{kept} {LOST.split(":")[0]}' if each.verdict == LOST else kept
-      is_told = each.is_compared and not each.at_chance
+      is_told = each.is_compared and each.directed and not each.at_chance
       cells.append(warned if is_told else each.verdict)
     rows.append([changes[0].task, *cells])
   return rows

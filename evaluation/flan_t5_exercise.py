@@ -220,8 +220,14 @@ def check(options: argparse.Namespace) -> None:
     raise ValueError(f'--target={options.target} needs rows to tune on; give a file by --train')
   if options.columns and not options.train:
     raise ValueError(f'--columns={options.columns} is of --train and --replay; give one')
-  for name in (*filter(None, options.tasks.split(',')), options.target or generated.TARGET):
+  for name in filter(None, options.tasks.split(',')):
     task.read(name)
+  name, target = task.read(options.target or generated.TARGET)
+  if target.metrics and not any(isinstance(metric, str) for metric in target.metrics):
+    raise ValueError(
+      f'--target={options.target}: how metrics of its own add up is not known where two models are '
+      f'compared; give {name} one of evaluation.text_metrics.METRICS, too'
+    )
   for path in filter(None, (options.train, options.replay)):
     task.kind_of(path)
     if not pathlib.Path(path).is_file():

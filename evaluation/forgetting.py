@@ -21,6 +21,7 @@ LINE = 0.8  # of what could be done before: below it, a model is said to have fo
 KEPT, UNSURE, LOST = 'kept', 'not shown above 80%', 'WARNING: below 80%'
 AT_CHANCE = 'at chance before'
 NO_NUMBER = 'no number on a side'
+NEITHER = 'neither way is better'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Change:
     p: that a difference as large is luck: McNemar's of rates, else of a permutation test; None
       where nothing is compared.
     left_out: questions that have no score on a side.
+    directed: whether one direction is the better one (Task.directed); else nothing is retained.
   """
 
   task: str
@@ -48,12 +50,15 @@ class Change:
   corrected: Estimate | None
   p: float | None
   left_out: int
+  directed: bool = True
 
   @property
   def verdict(self) -> str:
     """By the worse of the two retentions that there are; who was at chance had nothing to lose."""
     if not self.is_compared:
       return NO_NUMBER
+    if not self.directed:
+      return NEITHER
     if self.at_chance:
       return AT_CHANCE
     there = [each for each in (self.retention, self.corrected) if each is not None]
@@ -66,8 +71,8 @@ class Change:
   @property
   def at_chance(self) -> bool:
     """Whether it was at chance before: what is left of that says nothing."""
-    told = self.is_compared and bool(self.chance) and not self.lower_is_better
-    return told and self.corrected is None
+    told = self.is_compared and self.directed and self.chance and not self.lower_is_better
+    return bool(told) and self.corrected is None
 
   @property
   def is_compared(self) -> bool:
@@ -96,6 +101,7 @@ def change(
   after: Sequence[Sequence[float] | None],
   chance: float = 0.0,
   seed: int = 0,
+  directed: bool = True,
 ) -> Change:
   """Of the statistics of the same questions before and after; None where a side has no score.
 
@@ -118,15 +124,21 @@ def change(
     corrected=None,
     p=None,
     left_out=len(before) - len(pairs),
+    directed=directed,
   )
   if not made.is_compared:
     return made
-  return dataclasses.replace(
+  made = dataclasses.replace(
     made,
     difference=paired.difference(first, second, value, seed),
+    p=_luck(first, second, measure, seed),
+  )
+  if not directed:
+    return made
+  return dataclasses.replace(
+    made,
     retention=_left(first, second, measure, 0.0, seed),
     corrected=_left(first, second, measure, chance, seed) if chance and not lower else None,
-    p=_luck(first, second, measure, seed),
   )
 
 

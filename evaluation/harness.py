@@ -21,11 +21,11 @@ import numpy as np
 
 import files
 import names
-from data.chat import ChatTemplate
 from data.tokenizer import in_utf8
 from decode.choices import PairScore, room, score_pairs
 from decode.generator import Generator
 from evaluation import writing
+from evaluation.examples import chat_of, chat_settings
 from evaluation.intervals import bootstrap, wilson
 from evaluation.running import ProgressLine, check_own, finite
 from evaluation.task import Generate
@@ -102,7 +102,8 @@ def evaluate(
   lm_eval-TASK.jsonl. Raises ValueError for tasks that it does not know, and where the directory has
   another evaluation; ImportError without it.
   """
-  check_own(output / FILE, {**of, 'settings': dataclasses.asdict(settings)})
+  asked = dataclasses.asdict(settings) | (chat_settings(model.tokenizer) if settings.chat else {})
+  check_own(output / FILE, {**of, 'settings': asked})
   if not model.model.config.causal:
     raise ValueError('an encoder writes nothing behind a text, which is all that --lm_eval asks')
   with importable() as lm_eval:
@@ -126,7 +127,7 @@ def evaluate(
       system_instruction=settings.system or None,
     )
     version = lm_eval.__version__
-  return _written(results, version, settings, of, output)
+  return _written(results, version, asked, of, output)
 
 
 def adapter(model: Generator, settings: HarnessSettings, log: Callable[[str], Any] = print):
@@ -173,10 +174,10 @@ def adapter(model: Generator, settings: HarnessSettings, log: Callable[[str], An
           'a task begins the answer itself (gen_prefix), which is not asked with --chat; leave it '
           'out'
         )
-      return ChatTemplate.of(model.tokenizer).render(chat_history, add_generation_prompt=True)
+      return chat_of(model.tokenizer).render(chat_history, add_generation_prompt=True)
 
     def chat_template(self, chat_template=False):
-      return ChatTemplate.of(model.tokenizer).source if chat_template else ''
+      return chat_of(model.tokenizer).source if chat_template else ''
 
   return Tandem()
 
@@ -278,14 +279,14 @@ def generation(options: Mapping) -> Generate:
 # What is said of it.
 
 
-def _written(results, version, settings, of, output) -> list[list[str]]:
+def _written(results, version, asked, of, output) -> list[list[str]]:
   tasks, rows = {}, []
   for name, samples in sorted(results['samples'].items()):
     metrics = {}
     for key, value in results['results'][name].items():
       metric, _, way = key.partition(',')
       if way and not metric.endswith('_stderr') and isinstance(value, int | float):
-        metrics[key] = estimated(value, metric, way, samples, settings.seed)
+        metrics[key] = estimated(value, metric, way, samples, asked['seed'])
         rows.append([name, key, shown(metrics[key]), str(metrics[key]['n'])])
     documents = {json.dumps(sample['arguments'], default=str) for sample in samples}
     digest = hashlib.blake2b(''.join(sorted(documents)).encode(), digest_size=16).hexdigest()
@@ -295,7 +296,7 @@ def _written(results, version, settings, of, output) -> list[list[str]]:
     tasks[name] = {'n': n, 'metrics': metrics, 'prompts': digest, 'version': version_of}
     lines = (json.dumps(finite(sample), default=str) + '\n' for sample in samples)
     files.replace(output / f'lm_eval-{name}.jsonl', ''.join(lines))
-  said = {'lm_eval': version, **of, 'settings': dataclasses.asdict(settings), 'tasks': tasks}
+  said = {'lm_eval': version, **of, 'settings': asked, 'tasks': tasks}
   files.replace(output / FILE, json.dumps(finite(said), indent=1) + '\n')
   return rows
 

@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """The command line; what its user can mend ends it with a message, not a traceback."""
   options = parser().parse_args(arguments)
   with commands.mendable(ImportError):
+    if options.json and not options.report:
+      raise ValueError(f'--json={options.json} is what the report says; add --report')
     if options.report or options.export:
       _report(options)
     else:
@@ -170,6 +172,13 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _report(options) -> None:
   study = Study.open(_file(options))
+  rated = {pathlib.Path(system).resolve() for system in study.systems}
+  others = [place for place in options.places if pathlib.Path(place).resolve() not in rated]
+  if others:
+    raise ValueError(
+      f'{study.path} has ratings of {" and ".join(study.systems)}, and none of {others[0]}; give '
+      'what was rated, or the file of others by --ratings'
+    )
   if options.export:
     files.replace(options.export, ''.join(study.exported()))
     print(f'wrote {options.export}, {len(study.ratings())} ratings')

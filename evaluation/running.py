@@ -22,7 +22,7 @@ import commands
 import files
 from decode.generator import Generator
 from evaluation.differences import differences, settings_in
-from evaluation.examples import Item, Manner, digest_of, examples, ways
+from evaluation.examples import Item, Manner, chat_settings, digest_of, examples, ways
 from evaluation.scoring import Line, Scorer, scorer
 from evaluation.task import Task
 
@@ -36,7 +36,7 @@ SAID = {
   'endless': 'answers ended at max_new_tokens',
   'failed': 'answers ended where the scores were not finite',
 }
-CHANGED = 'the data, or a template, was changed since; give another --output'
+CHANGED = 'the data, a template, or what counts as data, was changed since; give another --output'
 SETTLED = 16  # questions after which it is said how long the others take
 SECONDS = 20.0  # between lines of progress where nobody looks at a terminal
 
@@ -97,7 +97,7 @@ class TaskFiles:
 
   def ended(self, asked: Sequence[Item]) -> Summary | None:
     """What was made of all lines; None where they are not all there. Raises ValueError where they
-    are of other questions.
+    are of other questions, or of some of them.
     """
     if 'metrics' not in self._kept:
       return None
@@ -106,6 +106,11 @@ class TaskFiles:
       raise ValueError(
         f'{self.file} is of other questions, {summary.n} with digest {summary.prompts}, and there '
         f'are {len(asked)} with digest {now}: {CHANGED}'
+      )
+    if summary.n != len(asked):
+      raise ValueError(
+        f'{self.file} is of {summary.n} of {len(asked)} questions: it was interrupted, and answers '
+        f'may be cut short; remove it and {self.lines_file}'
       )
     return summary
 
@@ -183,6 +188,8 @@ def evaluate(
   where the directory has another evaluation of one of them.
   """
   common = {**_of_manner(manner), 'run': dict(run)}
+  if manner.chat:
+    common |= chat_settings(model.tokenizer)
   _check_alone(output, common)
   failed: dict[str, str] = {}
   asked: list[tuple[str, Task, TaskFiles]] = []
@@ -249,7 +256,9 @@ def _one(model, name: str, task: Task, manner: Manner, place: TaskFiles, log) ->
 
 
 def summarised(name: str, settings: dict, scored: Scorer, lines: Sequence[Line]) -> Summary:
-  """What lines of all questions say together."""
+  """What lines of all questions say together. Raises ValueError for fewer."""
+  if len(lines) != len(scored.asked):
+    raise ValueError(f'{len(lines)} of {len(scored.asked)} questions were answered; ask again')
   task, seed = scored.task, scored.manner.seed
   metrics = {}
   for measure in scored.measures:

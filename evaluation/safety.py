@@ -165,7 +165,7 @@ def show(
   answers: Sequence[str],
   refused: Sequence[bool],
 ) -> dict:
-  """Prints a report; the same, JSON-able. about: digest of the prompts, and who judged."""
+  """Prints a report; the same, JSON-able. about: of which prompts and model, and who judged."""
   found = findings(rows, refused)
   table = [
     [f.category, f.what, f.estimate.n, str(f.estimate), '' if f.p is None else f'{f.p:.3g}']

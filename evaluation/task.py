@@ -16,6 +16,7 @@ import names
 from data import compressed
 from data.records import READERS, rows as rows_of_file
 from data.template import NORMALISATIONS as OF_WORDS, compiled
+from evaluation import code
 from evaluation.classify import CALIBRATIONS
 from evaluation.text_metrics import METRICS, Metric, made
 
@@ -167,6 +168,8 @@ class Task:
     chance: the score of who knows nothing, for what is left after tuning; None: of a
       MultipleChoice and a Classification that of guessing, else 0.
     rows: what is made of a row before all else: rows, perhaps none.
+    directed: whether one direction of its scores is the better one; False, as of a share of
+      stereotypes, or of refusals where some should be: no model has forgotten it.
 
   Raises ValueError for what makes no sense.
   """
@@ -185,6 +188,7 @@ class Task:
   by: str = ''
   chance: float | None = None
   rows: Callable[[Row], Iterable[Row]] | None = None
+  directed: bool = True
 
   def __post_init__(self):
     if not isinstance(self.kind, Kind):
@@ -232,8 +236,24 @@ class Task:
     """The metrics of a Generate. Raises ImportError where a library is not there."""
     return [metric if isinstance(metric, Metric) else made(metric) for metric in self.metrics]
 
+  @property
+  def _own(self) -> dict[str, Any]:
+    """By name, functions and metrics of its own that judge an answer."""
+    if not isinstance(self.kind, Generate):
+      return {}
+    own = {name: getattr(self.kind, name) for name in ('extract', 'passed', 'program')}
+    own |= {metric.name: metric for metric in self.metrics if isinstance(metric, Metric)}
+    return {name: judge for name, judge in own.items() if judge is not None}
+
+  @property
+  def judges_rows(self) -> bool:
+    """Whether some of these read more of a row than what is asked and would be right."""
+    return bool(self._own.keys() - {'extract'})
+
   def values(self) -> dict:
-    """All that decides what it asks, JSON-able; of functions their names."""
+    """All that decides what it asks and how it judges, JSON-able; of functions their names, and of
+    those that judge digests.
+    """
 
     def plain(value):
       if isinstance(value, Metric):
@@ -247,7 +267,7 @@ class Task:
 
     given = fields(self) | {'kind': {'name': type(self.kind).__name__, **fields(self.kind)}}
     given.pop('about')
-    return given
+    return given | {'code': {name: code.digest(judge) for name, judge in self._own.items()}}
 
 
 def kind_of(path: str) -> str:

@@ -14,7 +14,7 @@ from decode.bulk import Written, complete, samples
 from decode.engine import Engine, Request, Sizes
 from decode.generator import Generator
 from decode.loaded import bucket
-from decode.request import FAILED, LENGTH, STOPPED
+from decode.request import FAILED, INTERRUPTED, LENGTH, STOPPED
 from decode.sampling import make_sampling, seed_of
 from decode.text import TextStream
 from evaluation.journal import JournalPart, nothing_kept
@@ -43,7 +43,7 @@ def answers(
 ) -> Iterator[list[Reply]]:
   """Of each prompt from the first one on, in order, so many as the kind asks for. What is written
   depends on a prompt, its number, and all prompts' lengths; over stages on which are in a batch
-  with it, too: begin at a multiple of `together`.
+  with it, too: begin at a multiple of `together`. Ctrl-C raises KeyboardInterrupt.
   """
   if _stages(model):
     yield from _in_batches(model, prompts, kind, seed, first)
@@ -234,6 +234,10 @@ def _in_batches(model: Generator, prompts, kind, seed, first) -> Iterator[list[R
     'seed': seed_of(seed, first),
   }
   for batch in model.in_batches(prompts[first:], together(model, kind), **options):
+    # The generator gives what there is of a batch; of an answer that is cut short nothing is told,
+    # and its batch is written anew.
+    if any(row.finish == INTERRUPTED for row in batch):
+      raise KeyboardInterrupt
     for begin in range(0, len(batch), kind.samples):
       rows = batch[begin : begin + kind.samples]
       yield [Reply(row.text, row.finish) for row in rows]

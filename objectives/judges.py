@@ -9,6 +9,7 @@ R answers · J judges
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -55,9 +56,15 @@ class Verdict:
 
 @runtime_checkable
 class Judge(Protocol):
-  """Says what answers are worth."""
+  """Says what answers are worth.
+
+  Attributes:
+    name: as the config has it. of: what its scores are a function of, besides an answer, JSON-able:
+      another one gives others.
+  """
 
   name: str
+  of: dict
 
   def submit(self, answer: Answer) -> None:
     """Another one; it may be judged at once, beside what the caller does."""
@@ -145,6 +152,8 @@ class FileJudge:
     if problem:
       self.close()
       raise ValueError(f'objective.reward={path} cannot be used: {problem}')
+    content = pathlib.Path(path).read_bytes()
+    self.of = {'digest': hashlib.blake2b(content, digest_size=16).hexdigest()}
 
   def submit(self, answer: Answer) -> None:
     self._waiting.append(self._threads.submit(self._judge, answer))
@@ -180,11 +189,11 @@ def _end(threads: concurrent.futures.ThreadPoolExecutor, workers: dict[int, Work
 class ModelJudge:
   """A reward model, which reads prompt and answer as they are, its end too.
 
-  scores: (ids of texts) -> rewards, as workdir.reward.RewardModel.scores.
+  scores: (ids of texts) -> rewards, as workdir.reward.RewardModel.scores. of: see Judge.
   """
 
-  def __init__(self, name: str, scores: Callable[[Sequence[Sequence[int]]], np.ndarray]):
-    self.name, self._scores = name, scores
+  def __init__(self, name: str, scores: Callable[[Sequence[Sequence[int]]], np.ndarray], of: dict):
+    self.name, self._scores, self.of = name, scores, of
     self._waiting: list[list[int]] = []
 
   def submit(self, answer: Answer) -> None:
@@ -214,6 +223,11 @@ class Judges:
   def __init__(self, judges: Sequence[Judge], weights: Sequence[float]):
     self._judges, self.weights = judges, np.array(weights, np.float64)
     self._answers: list[Answer] = []
+
+  @property
+  def of(self) -> dict[str, dict]:
+    """By name of a judge, what its scores are a function of."""
+    return {judge.name: judge.of for judge in self._judges}
 
   def submit(self, answer: Answer) -> None:
     """Begins to judge an answer."""

@@ -33,6 +33,9 @@ POLICY = 'policy'  # what a forward pass says of the policy, by name
 SPLIT, WHOLE = 'split', 'whole'  # how the weights lie that write
 # Of what is left of a rollout, not in positions that older versions saved.
 LATER = 'objective.max_new_tokens', 'objective.temperature'
+# Of each reward what its scores are a function of, by its name; older positions have none, and what
+# another reward was is no matter of this one.
+REWARD = 'objective.reward='
 # By which sampler and trainer may differ on one token, with the same weights: rounding.
 DRIFT = {'float32': 1e-4, 'bfloat16': 0.5, 'float16': 0.1}
 
@@ -222,13 +225,13 @@ class Rollouts:
     differing = [
       f'{name}: {position.get(name)!r} then, {value!r} now'
       for name, value in now.items()
-      if position.get(name, value if name in LATER else None) != value
+      if position.get(name, value if name.startswith((*LATER, REWARD)) else None) != value
     ]
     if differing:
       raise ValueError(
-        f'the prompts, or what a rollout is cut into, have changed since this position was saved '
-        f'({"; ".join(differing)}); use the config that it was saved with, or begin a run with '
-        '--config.init'
+        'the prompts, the rewards, or what a rollout is cut into, have changed since this position '
+        f'was saved ({"; ".join(differing)}); use the config, and rewards, that it was saved with, '
+        'or begin a run with --config.init'
       )
     self._rollouts, self._prompt = position['rollouts'], position['prompt']
     if self._settings.adapts:
@@ -237,7 +240,8 @@ class Rollouts:
     self._batch = unpacked(position['batch']) if self._left else None
 
   def _identity(self) -> dict:
-    return {'key': self._stage.prompts.key, 'seed': self._stage.seed}
+    rewards = {f'{REWARD}{name}': of for name, of in self._stage.judges.of.items()}
+    return {'key': self._stage.prompts.key, 'seed': self._stage.seed, **rewards}
 
   def _sizes(self) -> dict:
     """What the rest of a rollout depends on, besides."""

@@ -4,11 +4,13 @@ long?
 
 import json
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from tests.test_commands import Process
+from tests.test_commands import ROOT, Process
 
 CONFIG = '''
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
@@ -208,3 +210,27 @@ def test_flags_of_tasks_are_checked_before_anything_is_read(tuned):
     assert done.code != 0 and said in done.error + done.out, (flags, done.error)
   done = Process(tuned, 'evaluate.py', '--tasks=list').end()
   assert done.code == 0 and 'arc_easy' in done.out and 'stdlib' in done.out
+
+
+SHOTS = """
+import pathlib
+
+from absl import flags
+from absl.testing import flagsaver
+
+import evaluate
+
+evaluate.opened = lambda: (None, {})
+evaluate.harness.evaluate = lambda model, settings, of, output: print(settings.shots) or [['']]
+for given in ((), ('--shots=0',), ('--shots=2',)):
+  with flagsaver.flagsaver():
+    flags.FLAGS(['evaluate.py', '--lm_eval=their_task', *given])
+    evaluate.evaluate_harness(evaluate.check_flags(), pathlib.Path())
+"""
+
+
+@pytest.mark.slow
+def test_no_examples_are_asked_of_the_harness_and_what_is_not_said_is_the_tasks_own():
+  done = subprocess.run([sys.executable, '-c', SHOTS], cwd=ROOT, capture_output=True, text=True)
+  said = [line for line in done.stdout.splitlines() if line in ('None', '0', '2')]
+  assert said == ['None', '0', '2'], done.stderr

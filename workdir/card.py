@@ -92,18 +92,21 @@ def blocks_of(
   config, checkpoints = config_of(workdir), Checkpoints(workdir)
   step = checkpoints.latest()
   record = {} if step is None else checkpoints.record(step)
+  digest = '' if step is None else checkpoints.reference(step)['digest']
   places = _places(workdir, elsewhere)
   found = [(place, summary) for place in places for summary in page.read(place)]
+  # Hugging Face shows them as this model's: none of a base, or of smaller weights.
+  own = [each for each in found if card.is_of(each[1].settings['run'], digest)]
   facts, lines = _facts(workdir), read_metrics(workdir / METRICS)
   lines = lines if any('loss' in line for line in lines) else []
   blocks = {
     card.FRONT: card.front(
-      workdir.resolve().name, found, _emissions(config, facts, lines, rates or {})
+      workdir.resolve().name, own, _emissions(config, facts, lines, rates or {})
     ),
     'model': _model(workdir, config),
     'data': _data(config, record),
     'training': _training(config, facts, lines, checkpoints, step),
-    'scores': card.scores(found, _others(places), step),
+    'scores': card.scores(found, _others(places), step, digest),
     'energy': _energy(config, facts, lines, rates or {}),
   }
   return blocks | {
@@ -224,7 +227,8 @@ def _others(places: Sequence[pathlib.Path]) -> list[str]:
         continue
       content = files.json_object(path.read_bytes(), path)
       for each in content.get('results', [content]):
-        ways = [f'{k}={each[k]!r}' for k in ('shots', 'calibration', 'checkpoint') if k in each]
+        told = 'shots', 'calibration', 'checkpoint', 'weights'
+        ways = [f'{k}={each[k]!r}' for k in told if k in each]
         about = ', '.join([*ways, f'prompts `{each["prompts"]}`'])
         said.append(card.estimates(name, each['metrics'], about))
     if (place / 'lm_eval.json').is_file():

@@ -38,16 +38,23 @@ class RewardModel:
 
   Attributes:
     model, head: on the mesh. gain, bias: 1 and 0 before it is normalised.
+    digest: of the checkpoint that it is.
   """
 
   model: LoadedModel
   head: heads.Head
+  digest: str
   gain: float = 1.0
   bias: float = 0.0
 
   @property
   def tokenizer(self) -> Tokenizer:
     return self.model.tokenizer
+
+  @property
+  def of(self) -> dict[str, Any]:
+    """What rewards of a text are a function of, JSON-able."""
+    return {'digest': self.digest, 'gain': self.gain, 'bias': self.bias}
 
   def scores(self, ids: Sequence[Sequence[int]]) -> Float[np.ndarray, 'N']:
     """Rewards of texts, each the ids of a prompt with its answer and the end of it, f64. What a
@@ -97,7 +104,7 @@ def open_reward(
   roles = config.objective.models(config.model)
   name = next(name for name, role in roles.items() if role.made)
   head = restored(config, checkpoints, step, name, run.mesh)
-  return RewardModel(model, head, **scale)
+  return RewardModel(model, head, reference['digest'], **scale)
 
 
 def _scale(workdir: pathlib.Path, checkpoint: dict) -> dict[str, float]:

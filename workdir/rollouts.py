@@ -155,7 +155,7 @@ def _judge(config: Config, reward: str, prepared: Prompts, mesh):
       f'has up to data.sequence_length={config.data.sequence_length}; lower that, or train it with '
       'a larger model.max_length'
     )
-  return ModelJudge(reward, model.scores)
+  return ModelJudge(reward, model.scores, model.of)
 
 
 def _check(config: Config) -> None:

@@ -53,7 +53,8 @@ def _run(options) -> None:
   own = [*filter(None, options.tasks.split(','))]
   for summary, told in placed.results(place, options.data, own, 'safety'):
     rows, answers = [row for _, row in told], [line['answers'][0] for line, _ in told]
-    about = {'prompts': summary.prompts, 'judge': options.judge}
+    asked = {'prompts': summary.prompts, 'run': summary.settings.get('run')}
+    about = asked | {'judge': options.judge}
     refused = _asked(options.judge, judge, rows, answers)
     said[summary.name] = safety.show(summary.name, about, rows, answers, refused)
     if run is None:
@@ -68,7 +69,7 @@ def _run(options) -> None:
       continue
     rows, answers, refused = ([of[i] for i in can] for of in (rows, answers, refused))
     by_run = _asked(run.said, run, rows, answers)
-    about = {'prompts': summary.prompts, 'judge': run.said}
+    about = asked | {'judge': run.said}
     name = f'{summary.name}, by a run'
     said[name] = safety.show(name, about, rows, answers, by_run)
     beside = safety.show_beside(options.judge, run.said, answers, refused, by_run)

@@ -31,4 +31,5 @@ def get_task() -> Task:
     rows,
     by='category',
     chance=0.5,
+    directed=False,
   )

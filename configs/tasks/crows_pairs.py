@@ -14,4 +14,5 @@ def get_task() -> Task:
     'bias/crows_pairs.csv',
     by='category',
     rows=crows_pairs,
+    directed=False,
   )

@@ -43,4 +43,5 @@ def get_task() -> Task:
     instruction=COOK,
     metrics=('refusal',),
     by='category',
+    directed=False,
   )

@@ -16,4 +16,5 @@ def get_task() -> Task:
     metrics=('refusal',),
     by='category',
     rows=xstest,
+    directed=False,
   )

@@ -3,6 +3,7 @@ a model knows nothing?
 """
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from evaluation.measures import OTHERS
 from evaluation.running import Summary
 from evaluation.task import Perplexity, Task
 from tests.evaluation.test_label_scores import generator
+from tests.training.conftest import tiny
+from training import config as configs
+from workdir import card as run_card
 
 BLOCKS = {name: f'what is said of {name}' for name in card.BLOCKS}
 BLOCKS[card.FRONT] = 'library_name: tandem'
@@ -59,7 +63,7 @@ def test_what_would_be_lost_is_refused():
 def test_scores_are_told_as_hugging_face_lists_them(tmp_path):
   of = {'value': 0.25, 'low': 0.1, 'high': 0.4, 'n': 40, 'method': 'wilson', 'small': False}
   of['lower_is_better'] = False
-  settings = {'shots': 0, 'run': {'workdir': 'x', 'step': 3}}
+  settings = {'shots': 0, 'chat': False, 'run': {'workdir': 'x', 'step': 3, 'digest': 'd3'}}
   nan = {**of, 'value': None}
   metrics = {'accuracy (per byte)': of, 'chrF2': nan}
   summary = Summary('arc', settings, 40, 'abc123', 0.25, metrics, {}, {})
@@ -69,20 +73,51 @@ def test_scores_are_told_as_hugging_face_lists_them(tmp_path):
   (metric,) = result['metrics']
   assert metric['value'] == 0.25 and metric['args']['n'] == 40
   assert metric['type'] == 'accuracy_per_byte' and result['dataset']['type'] == 'arc'
-  table = card.scores(found, [], 3)
+  table = card.scores(found, [], 3, 'd3')
   assert '| arc | 0 | accuracy (per byte) | 0.250 [0.100, 0.400] | 40 | 0.25 | 3 |' in table
   assert 'Of other checkpoints' not in table
-  assert 'Of other checkpoints than the last, 7: 3.' in card.scores(found, [], 7)
-  assert card.scores([], [], 3).startswith('Not evaluated')
+  other = card.scores(found, [], 7, 'd7')
+  assert 'Of other checkpoints than the last, 7, or of one that is not told: 3 of `x`.' in other
+  assert card.scores([], [], 3, 'd3').startswith('Not evaluated')
 
   assert 'evaluate.py bias' in card.of_results('bias', [tmp_path])
   findings = [{'category': 'age', 'what': 'nats more', **of, 'p': 0.01}] * 40
   (tmp_path / 'bias.json').write_text(json.dumps({'t-0': {'prompts': 'd', 'findings': findings}}))
   said = card.of_results('bias', [tmp_path])
   assert '| age | nats more | 40 | 0.250 [0.100, 0.400] | 0.01 |' in said and 'And 10 more' in said
+  run = {'workdir': 'runs/x', 'step': 7, 'weights': 'int8'}
+  of_run = {'t-0': {'prompts': 'd', 'run': run, 'findings': findings}}
+  (tmp_path / 'bias.json').write_text(json.dumps(of_run))
+  said = card.of_results('bias', [tmp_path])
+  assert 't-0, prompts `d`, checkpoint 7 of `runs/x` in int8:' in said
   (tmp_path / 'bias.json').write_text('{"t-0": {}}')
   with pytest.raises(ValueError, match='bias.json is not what bias writes'):
     card.of_results('bias', [tmp_path])
+
+
+def test_a_card_tells_other_weights_and_models_from_its_own(tmp_path, monkeypatch):
+  configs.save(tiny(), tmp_path)
+  last = {'latest': 3, 'record': {}, 'reference': {'digest': 'd3'}}
+  checkpoints = SimpleNamespace(**{name: lambda *_, x=x: x for name, x in last.items()})
+  monkeypatch.setattr(run_card, 'Checkpoints', lambda workdir: checkpoints)
+  of = {'value': 0.25, 'low': 0.1, 'high': 0.4, 'n': 40, 'method': 'wilson', 'small': False}
+  metrics = {'accuracy (sum)': of | {'lower_is_better': False}}
+  own = {'workdir': 'runs/own', 'step': 3, 'digest': 'd3', 'weights': ''}
+  ways = {
+    'own': (own, True),
+    'int8': (own | {'weights': 'int8'}, False),
+    'base': (own | {'workdir': 'runs/base', 'digest': 'other'}, False),
+    'older': ({'workdir': 'runs/own', 'step': 3}, False),
+  }
+  for name, (run, chat) in ways.items():
+    (tmp_path / name).mkdir()
+    summary = Summary(name, {'shots': 0, 'chat': chat, 'run': run}, 40, 'a1', 0.0, metrics, {}, {})
+    (tmp_path / name / f'{name}-0.json').write_text(json.dumps(vars(summary)))
+  blocks = run_card.blocks_of(tmp_path)
+  ((result,),) = [each['results'] for each in yaml.safe_load(blocks[card.FRONT])['model-index']]
+  assert result['dataset'] == {'type': 'own', 'name': 'own, 0 shots, chat'}
+  for told in ('| 3 | chat | own |', '| 3 | int8 | int8 |', '| 3 of `runs/base` |  | base |'):
+    assert told in blocks['scores'], blocks['scores']
 
 
 @pytest.mark.slow

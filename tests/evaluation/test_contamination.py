@@ -99,7 +99,10 @@ def test_a_wrong_choice_gives_nothing_away():
 
 def test_the_command_tells_scores_apart(tmp_path, capsys):
   draw = random.Random(3)
-  rows = [{'q': sentence(draw, 15), 'c': ['left', 'right'], 'a': i % 2} for i in range(12)]
+  # The last three are too short to be looked for.
+  rows = [
+    {'q': sentence(draw, 15 if i < 9 else 3), 'c': ['left', 'right'], 'a': i % 2} for i in range(12)
+  ]
   (tmp_path / 'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   text = "Task(MultipleChoice('c', 'a'), 'rows.jsonl', prompt='{{ q }}')"
   own = f'from evaluation.task import MultipleChoice, Task\n\n\ndef get_task():\n  return {text}\n'
@@ -118,11 +121,12 @@ def test_the_command_tells_scores_apart(tmp_path, capsys):
   said = capsys.readouterr().out
   assert 'WARNING: malformed: 1' in said and '5 documents' in said
   (made,) = json.loads((tmp_path / contamination.FILE).read_text())['tasks']
-  assert [*made['found']] == ['0', '1', '2', '3', '4'] and made['share']['value'] == 5 / 12
+  assert [*made['found']] == ['0', '1', '2', '3', '4'] and made['share']['value'] == 5 / 9
   lines = [json.loads(line) for line in (tmp_path / 'own-0.jsonl').read_text().splitlines()]
   right = [line['stats'][made['metric']][0] for line in lines]
   assert made['scores']['found']['value'] == np.mean(right[:5])
-  assert made['scores']['others']['value'] == np.mean(right[5:])
+  assert made['scores']['others']['value'] == np.mean(right[5:9])
+  assert made['scores']['others']['n'] == 4 and made['short'] == 3
   assert examples(task, 0, manner)[0].digest == lines[0]['digest']
 
   with pytest.raises(SystemExit, match='another evaluation .words was 13 and is 12'):

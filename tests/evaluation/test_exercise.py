@@ -82,6 +82,37 @@ def test_advice_is_by_the_rule():
   assert exercise_report.advised(full, [worse, full]) == 'forgets 1 of 2 tasks; the least bad'
 
 
+@pytest.mark.parametrize('gains', [(-0.1, -0.05), (float('nan'), -0.05), (0.0, 0.0)])
+def test_a_way_is_named_where_none_gains(gains):
+  ways = [outcome(name, 0.2 + gain, 0.9, 0.9) for name, gain in zip(('worse', 'least'), gains)]
+  assert exercise_report.recommended(ways) is ways[gains[0] < gains[1] or gains[0] != gains[0]]
+  said = {exercise_report.advised(each, ways) for each in ways}
+  first = 'has no number on a side of the target' if gains[0] != gains[0] else 'learns nothing'
+  assert said == {f'keeps all, and {first}', 'keeps all, and learns nothing; the best of these'}
+  nothing = [outcome(name, float('nan'), 0.9) for name in 'ab']
+  assert exercise_report.recommended(nothing) is nothing[0]
+  assert exercise_report.advised(nothing[0], nothing).endswith('; the least bad')
+
+
+OWN_METRIC = """
+from evaluation.task import Generate, Task
+from evaluation.text_metrics import Length
+
+
+def get_task():
+  return Task(Generate(), 'rows.jsonl', prompt='{{ q }}', target='x', metrics=(Length(),))
+"""
+
+
+def test_a_target_that_cannot_be_compared_is_refused_first(tmp_path):
+  (tmp_path / 'own.py').write_text(OWN_METRIC)
+  (tmp_path / 'rows.jsonl').write_text('{"q": "a"}')
+  flags = [f'--target={tmp_path}/own.py', f'--train={tmp_path}/rows.jsonl']
+  with pytest.raises(SystemExit, match='how metrics of its own add up is not known.*give own one'):
+    flan_t5_exercise.main([f'--workdir={tmp_path / "exercise"}', *flags])
+  assert not (tmp_path / 'exercise').exists()
+
+
 @pytest.mark.parametrize(
   'flags, said',
   [

@@ -15,6 +15,7 @@ from evaluation.forgetting import (
   AT_CHANCE,
   KEPT,
   LOST,
+  NEITHER,
   NO_NUMBER,
   UNSURE,
   Change,
@@ -23,7 +24,7 @@ from evaluation.forgetting import (
   mean_retention,
 )
 from evaluation.measures import measures, named
-from evaluation.task import Perplexity, Task
+from evaluation.task import Perplexity, Task, read
 from tests.evaluation.test_label_scores import generator
 from tests.evaluation.test_tasks import CHOICE, ROWS, WRITE
 
@@ -106,6 +107,27 @@ def test_what_is_no_number_is_not_compared(capsys):
   compare.show('a', 'b', [made, changed(150, 120)], [])
   said = capsys.readouterr().out
   assert 'NOTE: zh-0: perplexity per word is no number before' in said and 'not compared' in said
+
+
+def test_of_what_neither_way_is_better_nothing_is_forgotten(tmp_path, capsys):
+  for before, after in ((150, 100), (100, 150), (30, 31)):
+    made = change('t-0', SHARE, rates(before), rates(after), 0.5, directed=False)
+    assert made.verdict == NEITHER and made.kept is None and not advice([made])
+    assert made.difference.value == pytest.approx((after - before) / 200) and made.p <= 1
+    assert mean_retention([made, changed(200, 200)]) == 1
+  (row,) = compare._rows([made])
+  assert row[4] and row[5] and row[7:] == ['', '', NEITHER]
+  # By what the results say, and of older ones by what the task does.
+  assert not read('crows_pairs')[1].values()['directed'] and CHOICE.values()['directed']
+  names = {'crows_pairs': ['accuracy (sum)'], 'mine': ['accuracy (sum)']}
+  a, b = (written(tmp_path / name, names) for name in 'ab')
+  compare.main([a, b])
+  values = json.loads((tmp_path / 'b' / compare.VALUES).read_text())['after'][b]
+  assert {each['task']: each['verdict'] for each in values} == {
+    'crows_pairs-0': NEITHER,
+    'mine-0': KEPT,
+  }
+  assert 'mean retention of 1 task: 100.0%' in capsys.readouterr().out
 
 
 def written(directory, metrics: dict[str, list[str]]) -> str:

@@ -434,6 +434,21 @@ def test_ratings_are_exported(tmp_path, capsys):
   assert 'wrote' in capsys.readouterr().out
 
 
+def test_a_report_is_of_the_places_that_are_given(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  of = study(tmp_path)
+  of.save('ann', Unit(0), {'preference': TIE})
+  of.close()
+  kept, out = '--ratings=r.sqlite', '--export=r.csv'
+  rate.main(['runs/one', str(tmp_path / 'runs' / 'other'), kept, out])
+  rate.main(['runs/one', kept, out])
+  with pytest.raises(SystemExit, match='of runs/one and runs/other, and none of runs/third'):
+    rate.main(['runs/one', 'runs/third', kept, out])
+  for flags in ([], [out]):
+    with pytest.raises(SystemExit, match='--json=x is what the report says; add --report'):
+      rate.main(['runs/one', kept, '--json=x', *flags])
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [

@@ -1,9 +1,13 @@
 """Do tasks that follow one another write with one engine, as each would with its own?"""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
-from evaluation import writing
-from evaluation.task import Generate
+from evaluation import running, writing
+from evaluation.examples import Manner
+from evaluation.task import Generate, Task
 from tests.decode.test_engine import compilations
 from tests.evaluation.test_label_scores import generator
 
@@ -51,3 +55,43 @@ def test_the_next_task_of_these_sizes_compiles_nothing():
 )
 def test_prompts_are_read_in_parts_that_waste_little(prompts, rows, tokens):
   assert writing._part(prompts, rows) == tokens
+
+
+def test_what_ctrl_c_cut_short_is_no_score(tmp_path, monkeypatch):
+  """Over stages, where the generator gives what there is of the batch that it came in."""
+  task = Task(
+    Generate(max_new_tokens=4),
+    lambda: ({'q': f'question {i}'} for i in range(writing.BATCH + 2)),
+    prompt='{{ q }}',
+    target='x',
+    metrics=('exact_match',),
+  )
+  batches = [['length'] * writing.BATCH, ['stop', 'interrupted']]
+  model = generator('llama')
+  monkeypatch.setattr(writing, '_stages', lambda model: True)
+
+  def in_batches(prompts, size, **options):
+    return ([SimpleNamespace(text='x', finish=f) for f in finishes] for finishes in batches)
+
+  monkeypatch.setattr(model, 'in_batches', in_batches, raising=False)
+  arguments = model, {'t': task}, [0], Manner(), {'workdir': 'x'}, tmp_path
+  with pytest.raises(KeyboardInterrupt):
+    running.evaluate(*arguments)
+  assert len((tmp_path / 't-0.jsonl').read_text().splitlines()) == writing.BATCH
+  assert 'metrics' not in json.loads((tmp_path / 't-0.json').read_text())
+
+  # It goes on behind them; and who ends early all the same says nothing of all.
+  batches = [['length']]
+  _, failed = running.evaluate(*arguments)
+  assert failed == {
+    't': f'{writing.BATCH + 1} of {writing.BATCH + 2} questions were answered; ask again'
+  }
+  batches = [['length', 'length']]
+  (summary,), failed = running.evaluate(*arguments)
+  assert not failed and summary.n == writing.BATCH + 2
+
+  # What was summarised of some, before that was refused, is not taken for a score of all.
+  said = json.loads((tmp_path / 't-0.json').read_text())
+  (tmp_path / 't-0.json').write_text(json.dumps(said | {'n': writing.BATCH}))
+  _, failed = running.evaluate(*arguments)
+  assert 'is of 16 of 18 questions: it was interrupted' in failed['t']

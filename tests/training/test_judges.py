@@ -83,12 +83,24 @@ def test_a_model_reads_prompt_and_answer():
     read.extend(ids)
     return np.array([sum(each) / 10 for each in ids])
 
-  judges = Judges([ModelJudge('runs/reward', scores)], [2.0])
+  judges = Judges([ModelJudge('runs/reward', scores, {'gain': 2.0})], [2.0])
   judges.submit(Answer(PROMPT, (8, 2), 'x'))
   made = judges.scores()
   assert read == [[1, 5, 8, 2]] and made.each.tolist() == [[1.6]]
   assert totals(made.each, judges.weights).tolist() == [3.2]
   assert judges.scores().each.shape == (1, 0)  # each is asked for once
+
+
+def test_another_reward_is_told_from_the_one_before(tmp_path):
+  path = tmp_path / 'own.py'
+  said = []
+  for worth in ('0', '1', '0'):
+    path.write_text(f'def reward(text, record): return {worth}')
+    judge = FileJudge(str(path), 1.0)
+    said.append(Judges([judge, ModelJudge('runs/reward', list, {'gain': 2.0})], [1.0, 1.0]).of)
+    judge.close()
+  assert said[0] == said[2] != said[1] and said[1]['runs/reward'] == {'gain': 2.0}
+  assert said[0].keys() == {str(path), 'runs/reward'}
 
 
 def test_sums_of_several():

@@ -251,6 +251,12 @@ def test_a_run_learns_and_is_judged_and_normalised(source, tmp_path):
   assert said['n'] == len(GIVEN) and said['metrics']['accuracy']['value'] > 0.9
   assert (tmp_path / 'run' / 'evaluation' / 'reward-calibration.png').stat().st_size > 1000
 
+  scale = (tmp_path / 'run' / FILE).read_bytes()
+  looked = f'--workdir={tmp_path / "run"}', '--limit=5', f'--output={tmp_path / "look"}'
+  done = Process(tmp_path, 'evaluate.py', *looked).end()
+  assert done.code == 0 and f'{FILE} is left as it is' in done.out, (done.out, done.error)
+  assert (tmp_path / 'run' / FILE).read_bytes() == scale
+
   for flag in ('--shots=4', '--weights=int8', '--calibration=pmi'):
     refused = Process(tmp_path, 'evaluate.py', f'--workdir={tmp_path / "run"}', flag).end()
     assert refused.code == 1 and 'reads answers as they are' in refused.error, refused.error

@@ -190,7 +190,12 @@ def test_the_rest_of_a_rollout_is_of_its_config(place, tmp_path):
       again = Rollouts(run.stage, ppo, run.config.data, range(8))
       again.restore(position | {'coefficient': 0.7})
       assert again.state()['coefficient'] == coefficient
-    older = {name: value for name, value in position.items() if name not in rollout.LATER}
+    ((name, of),) = run.stage.judges.of.items()
+    assert position[f'{rollout.REWARD}{name}'] == of
+    with pytest.raises(ValueError, match=f'objective.reward={name}: .*another.* then, .* now'):
+      other.restore(position | {f'{rollout.REWARD}{name}': {'digest': 'another'}})
+    later = *rollout.LATER, rollout.REWARD
+    older = {name: value for name, value in position.items() if not name.startswith(later)}
     other.restore(older)
     with pytest.raises(ValueError, match='seed: None then'):
       other.restore({name: value for name, value in position.items() if name != 'seed'})
