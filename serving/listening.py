@@ -4,6 +4,7 @@ programs are compiled, /health says so. A signal drains it; a second one ends it
 
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -17,9 +18,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from decode.results import progress_bar
 from serving import call as calls
+from serving.http import most_requests
 from serving.service import Service
 
-CONNECTIONS = 512  # at a time; who comes beyond is told so
+# Connections at a time beyond those whose requests are answered (serving.http.most_requests): who
+# keeps one without a request, or probes. Who comes beyond these is told so.
+MORE_CONNECTIONS = 192
+FILES = 256  # open, besides connections
 HEADERS = 30.0  # seconds in which the head of a request has to come
 KEPT = 30  # seconds that a connection without a request is kept
 ENDING = 5  # seconds that what is sent has to be taken, when all is written
@@ -41,7 +46,7 @@ def bound(host: str, port: int) -> socket.socket:
   return opened
 
 
-def config(app: ASGIApp) -> uvicorn.Config:
+def config(app: ASGIApp, service: Service) -> uvicorn.Config:
   """How connections are treated."""
   return uvicorn.Config(
     app,
@@ -50,7 +55,7 @@ def config(app: ASGIApp) -> uvicorn.Config:
     log_level='warning',
     access_log=False,
     server_header=False,
-    limit_concurrency=CONNECTIONS,
+    limit_concurrency=most_requests(service) + MORE_CONNECTIONS,
     timeout_keep_alive=KEPT,
     timeout_graceful_shutdown=ENDING,
     lifespan='off',
@@ -65,7 +70,8 @@ def listen(
   say: Callable[[str], None],
 ) -> None:
   """Until a signal has drained the service, or it has failed. say: what a person is to know."""
-  server = _Server(config(app), service, drain_seconds, say)
+  server = _Server(config(app, service), service, drain_seconds, say)
+  _allow_files(server.config.limit_concurrency + FILES, say)
 
   def end():
     service.closed()
@@ -74,6 +80,20 @@ def listen(
   threading.Thread(target=end, daemon=True).start()
   threading.Thread(target=_say_progress, args=(service, say), daemon=True).start()
   server.run(sockets=[opened])
+
+
+def _allow_files(count: int, say: Callable[[str], None]) -> None:
+  """Of this process; a connection is one."""
+  allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if allowed == resource.RLIM_INFINITY or allowed >= count:
+    return
+  few = most != resource.RLIM_INFINITY and most < count
+  resource.setrlimit(resource.RLIMIT_NOFILE, (most if few else count, most))
+  if few:
+    say(
+      f'NOTE: this process may open {most} files, and for all its connections would need {count}: '
+      'raise ulimit -n, or lower --waiting'
+    )
 
 
 class _Server(uvicorn.Server):

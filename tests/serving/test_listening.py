@@ -19,10 +19,10 @@ HEAD = b'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: appli
 
 
 @contextlib.contextmanager
-def served():
+def served(one=None):
   """Where a server listens."""
-  one, opened = service(), bound('127.0.0.1', 0)
-  server = uvicorn.Server(config(app(one, Served(name='m'), hosts=['127.0.0.1'])))
+  one, opened = one or service(), bound('127.0.0.1', 0)
+  server = uvicorn.Server(config(app(one, Served(name='m'), hosts=['127.0.0.1']), one))
   thread = threading.Thread(target=server.run, kwargs={'sockets': [opened]}, daemon=True)
   with one.by_itself():
     opened.listen()
