@@ -26,6 +26,7 @@ from serving.service import Service
 MORE_CONNECTIONS = 192
 FILES = 256  # open, besides connections
 HEADERS = 30.0  # seconds in which the head of a request has to come
+BEHIND = 2**16  # bytes behind a request, before its answer has ended
 KEPT = 30  # seconds that a connection without a request is kept
 ENDING = 5  # seconds that what is sent has to be taken, when all is written
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -135,7 +136,9 @@ class _Server(uvicorn.Server):
 
 
 class _Impatient(H11Protocol):
-  """Which closes connections whose request does not come."""
+  """Which closes connections whose request does not come, and hears that a client has gone whatever
+  it has sent behind its request.
+  """
 
   _late = None
 
@@ -148,6 +151,13 @@ class _Impatient(H11Protocol):
     asked = self.cycle is not None and not self.cycle.response_complete
     if asked:
       self._forget()
+      behind = len(self.conn.trailing_data[0])
+      if not self.cycle.more_body and behind:
+        # uvicorn reads no further than to the next request, nor to the connection's end then: a row
+        # would be written for nobody.
+        self.flow.resume_reading()
+        if behind > BEHIND:
+          self._close()
     elif self._late is None:
       self._late = self.loop.call_later(HEADERS, self._close)
 

@@ -5,6 +5,7 @@ comes keep none?
 import contextlib
 import socket
 import threading
+import time
 
 import pytest
 import uvicorn
@@ -69,3 +70,32 @@ def test_a_head_that_does_not_come_ends_its_connection(monkeypatch, sent):
   monkeypatch.setattr(listening, 'HEADERS', 0.2)
   with served() as address:
     assert answered(address, sent) == b''
+
+
+@pytest.mark.parametrize('behind', [1, listening.BEHIND + 1])
+def test_who_has_gone_is_not_written_for_whatever_came_behind_his_request(behind):
+  """And who sends without end has gone, too."""
+  begun, go = threading.Event(), threading.Event()
+
+  def write(request):
+    begun.set()
+    go.wait(60)
+    while True:
+      yield 100
+
+  one = service(write)
+  body = b'{"prompt": "a", "max_tokens": 200}'
+  with served(one) as address, socket.create_connection(address) as connection:
+    connection.settimeout(30)
+    connection.sendall(HEAD + b'Content-Length: %d\r\n\r\n' % len(body) + body)
+    assert begun.wait(60)
+    connection.sendall(b'G' * behind)
+    if behind == 1:
+      connection.close()
+    until = time.monotonic() + 60
+    while not one._scheduler._cancelled and time.monotonic() < until:
+      time.sleep(0.001)
+    go.set()
+    while not one.idle:
+      time.sleep(0.001)
+  assert one.stats().finished == {'cancelled': 1}
