@@ -480,3 +480,36 @@ def test_a_first_token_that_took_long_is_in_a_bucket():
   first = buckets['tandem_time_to_first_token_seconds']
   assert first[0] <= 0.001 and first[-1] >= 600 and list(first) == sorted(set(first))
   assert {name for name, (kind, *_) in TABLE.items() if kind == 'histogram'} == set(buckets)
+
+
+SAID = {'role': 'assistant', 'content': None, 'refusal': None}
+
+
+@pytest.mark.parametrize(
+  'said, read',
+  [
+    (SAID | {'reasoning_content': 'so', 'annotations': None, 'audio': None}, 'assistant:;'),
+    (SAID | {'content': 'a', 'tool_calls': [], 'function_call': None}, 'assistant:a;'),
+  ],
+)
+def test_an_answer_is_history(client, said, read):
+  """As OpenAI's client writes it down again, with what it had none of."""
+  messages = [*CHAT['messages'], said, *CHAT['messages']]
+  response = client.post('/tokenize', json={'messages': messages})
+  assert response.status_code == 200, response.text
+  assert TOKENIZER.decode(response.json()['tokens']) == f'user:hello;{read}user:hello;'
+
+
+def test_what_a_user_leaves_out_is_missing(client):
+  for said in ({'role': 'user', 'reasoning_content': 'so'}, SAID, SAID | {'tool_calls': []}):
+    refused = client.post('/tokenize', json={'messages': [said]})
+    assert refused.status_code == 400 and 'content is missing' in refused.text
+
+
+def test_a_stop_that_names_a_control_token_is_one(client):
+  """Which no text has in it."""
+  served = service(lambda request: [*TOKENIZER.encode('ab'), 1, *TOKENIZER.encode('c<s>d')])
+  with served.by_itself(), TestClient(app(served, Served(name='m'), hosts=['*'])) as one:
+    for stops, text in ((['<s>'], 'ab'), ([], 'abc<s>d'), (['c<s>'], 'ab')):
+      said = one.post('/v1/completions', json=COMPLETION | {'stop': stops}).json()['choices'][0]
+      assert said['text'] == text and said['finish_reason'] == 'stop'
