@@ -59,6 +59,7 @@ class Desk:
     self.vocabulary = vocabulary or tokenizer.vocabulary
     self.state, self.progress, self.error = calls.STARTING, (0, 0), ''
     self.alternatives, self.page = engine.sizes.alternatives, engine.sizes.block
+    self.width = engine.width
     self._engine, self._plain, self._fronts = engine, plain, dict(adapters or {})
     self._constraints = Constraints(tokenizer, engine.sizes, limits)
     self._scheduler = Scheduler(engine, limits, clock)

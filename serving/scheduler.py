@@ -40,9 +40,11 @@ class AnyEngine(Protocol):
 
   Attributes:
     free, reading: rows without a request, and rows whose prompt is not read to its end.
+    width: of the model, D.
   """
 
   sizes: Sizes
+  width: int
   free: Sequence[int]
   reading: Sequence[int]
 
