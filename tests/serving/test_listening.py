@@ -3,6 +3,7 @@ comes keep none?
 """
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -99,3 +100,22 @@ def test_who_has_gone_is_not_written_for_whatever_came_behind_his_request(behind
     while not one.idle:
       time.sleep(0.001)
   assert one.stats().finished == {'cancelled': 1}
+
+
+@pytest.mark.parametrize(
+  'limits, count, asked, says',
+  [
+    ((1024, 4096), 900, None, ''),
+    ((1024, 4096), 2000, (2000, 4096), ''),
+    ((1024, -1), 2000, (2000, -1), ''),
+    ((1024, 1500), 2000, (1500, 1500), 'may open 1500 files, and .* need 2000: raise ulimit'),
+    ((-1, -1), 2000, None, ''),
+  ],
+)
+def test_connections_have_files_or_a_person_is_told(monkeypatch, limits, count, asked, says):
+  given, said = [], []
+  monkeypatch.setattr(listening.resource, 'getrlimit', lambda kind: limits)
+  monkeypatch.setattr(listening.resource, 'setrlimit', lambda kind, both: given.append(both))
+  listening._allow_files(count, said.append)
+  assert given == [asked] * (asked is not None) and len(said) == bool(says)
+  assert re.search(says, ''.join(said))
