@@ -1,10 +1,12 @@
-"""How is a regular expression made an automaton over bytes, within a limit of time and memory?
+"""How is a regular expression made an automaton over tokens, within a limit of time and memory?
 
 Some expressions take as many states as 2 to the power of a repetition, (a|b)*a(a|b){20}, which no
 look at their text tells, and the library that makes them cannot be stopped. So another process
-does it, which the system ends.
+does it, which the system ends, and what tokens make of its states, too: who serves meanwhile has
+the interpreter to himself.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -13,15 +15,22 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 log = logging.getLogger(__name__)
 
 MOST_SECONDS, MOST_BYTES = 30, 2**31  # of the other process
-MOST_STATES = 2**16  # that it hands back: 67 MB
+MOST_WAITING = 120  # seconds until it has ended, on a machine that has others to do
+MOST_STATES = 2**16  # over bytes: 67 MB
+MOST_MOVES = 2**29  # bytes of what kinds of tokens do to all states
+POLL = 0.2  # seconds
 EOS, MARK = 256, 257
+NEVER = 0  # the class of tokens that are never allowed
 
 # Places of an expression that is made in this process, for another one takes half a second to
 # begin. It has characters, and classes of ASCII's, and nothing else: its states are 2 to this power
@@ -33,54 +42,86 @@ _PLAIN_PLACES = re.compile(
 
 _MAKE = """
 import pickle, resource, sys
-room, (seconds, size), name, regexes = pickle.load(sys.stdin.buffer)
+room, (seconds, size) = pickle.load(sys.stdin.buffer)
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 sys.path.insert(0, room)
 from decode import automaton
-made = [getattr(automaton, name)(regex) for regex in regexes]
+name, regexes, more = pickle.load(sys.stdin.buffer)
+made = [getattr(automaton, name)(regex, *more) for regex in regexes]
 sys.stdout.buffer.write(pickle.dumps(made))
 """
 
 Tables = tuple[np.ndarray, np.ndarray, int]
 
 
+class Vocabulary(NamedTuple):
+  """Of a tokenizer: its kind, each id's bytes, and the ids that end a text."""
+
+  kind: str
+  token_bytes: tuple[bytes, ...]
+  ends: tuple[int, ...]
+
+
+class Room(NamedTuple):
+  """What an automaton over tokens may take: states, and classes of tokens."""
+
+  states: int = sys.maxsize
+  classes: int = sys.maxsize
+
+
+class Unwanted(Exception):
+  """Nobody waits any more for what was being made."""
+
+
 class _Refused(ValueError):
   """What is wrong with an expression, behind `regex=.. `."""
 
 
-def over_bytes(regex: str, places: int) -> Tables:
-  """The state after each [S, 256], -1 for none; where a text may end [S]; the first state.
+def _anyone() -> bool:
+  return True
 
-  Nothing leads on from the last state, so that -1 is an index, too.
 
-  places: how many characters and classes the expression has.
+def over_tokens(
+  regex: str,
+  places: int,
+  vocabulary: Vocabulary,
+  room: Room = Room(),
+  wanted: Callable[[], bool] = _anyone,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Classes [V] and next [S, C] of a decode.constrain.Constraint.
+
+  places: how many characters and classes the expression has. wanted: whether anybody waits for it
+  still, which is asked now and then.
 
   Raises:
     ImportError: without outlines-core.
-    ValueError: for what is no expression, and for one that takes more than MOST_SECONDS,
-      MOST_BYTES or MOST_STATES.
+    ValueError: for what is no expression, for one of which no ids of the vocabulary spell a text,
+      and for one that takes more than `room`, MOST_SECONDS, MOST_BYTES or MOST_STATES.
+    Unwanted: once nobody waits.
   """
-  return _made('_tables', [regex], places)[0]
+  return _made('_over_tokens', [regex], places, wanted, vocabulary, room)[0]
 
 
-def plain(regexes: Sequence[str], places: int) -> list[bool]:
+def plain(regexes: Sequence[str], places: int, wanted: Callable[[], bool] = _anyone) -> list[bool]:
   """Of each expression, whether all its texts stand for themselves within a JSON string. places: of
-  all of them. Raises as `over_bytes`, whose limits are of all of them together.
+  all of them. Raises as `over_tokens`, whose limits are of all of them together.
   """
-  return _made('_plain', regexes, places)
+  return _made('_plain', regexes, places, wanted)
 
 
-def _made(name: str, regexes: Sequence[str], places: int) -> list:
-  """What the function of this name gives of each."""
+def _made(
+  name: str, regexes: Sequence[str], places: int, wanted: Callable[[], bool], *more: Any
+) -> list:
+  """What the function of this name gives of each, and `more`."""
   if importlib.util.find_spec('outlines_core') is None:
     raise ImportError(
       'constraints need outlines-core: pip install outlines-core (the extra tandem[constrain])'
     )
   if places <= FEW and all(map(_PLAIN_PLACES.fullmatch, regexes)):
-    made = [globals()[name](regex) for regex in regexes]
+    made = [globals()[name](regex, *more) for regex in regexes]
   else:
-    made = _made_elsewhere(name, regexes)
+    made = _made_elsewhere(name, regexes, wanted, *more)
   for regex, each in zip(regexes, made, strict=True):
     if isinstance(each, _Refused):
       raise ValueError(f'regex={regex[:200]!r} {each}')
@@ -97,7 +138,10 @@ def _plain(regex: str) -> bool | _Refused:
 
 
 def _tables(regex: str) -> Tables | _Refused:
-  """See `over_bytes`."""
+  """The state after each byte [S, 256], -1 for none; where a text may end [S]; the first state.
+
+  Nothing leads on from the last state, so that -1 is an index, too.
+  """
   import outlines_core
 
   # The first without a group around it, which a stray ')' would close. For the second, the library
@@ -132,28 +176,24 @@ def _tables(regex: str) -> Tables | _Refused:
   return after[:, :EOS], after[:, EOS] >= 0, number.get(first, len(number))
 
 
-def _made_elsewhere(name: str, regexes: Sequence[str]) -> list:
-  """The same by another process.
+def _made_elsewhere(
+  name: str, regexes: Sequence[str], wanted: Callable[[], bool], *more: Any
+) -> list:
+  """The same by another process, which is ended when nobody wants it any more.
 
   Raises ValueError where it passes a limit, and RuntimeError where it fails, whose own words are in
   the log: they are none for who asks a server.
   """
-  room = pathlib.Path(__file__).resolve().parents[1]
-  limits = MOST_SECONDS, MOST_BYTES
-  done = subprocess.run(
-    [sys.executable, '-c', _MAKE],
-    input=pickle.dumps((str(room), limits, name, list(regexes))),
-    capture_output=True,
-    # Of many threads, each with memory of its own, there is no use.
-    env=os.environ | {'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1'},
-  )
-  if done.returncode > 0 and b'MemoryError' not in done.stderr:
-    log.error('no automaton could be made: %s', done.stderr.decode(errors='replace'))
+  root = pathlib.Path(__file__).resolve().parents[1]
+  # What is of classes of ours can be read where the program's directory is known.
+  told = (str(root), (MOST_SECONDS, MOST_BYTES)), (name, list(regexes), more)
+  code, made, said = _ended(b''.join(map(pickle.dumps, told)), wanted)
+  if code > 0 and b'MemoryError' not in said:
+    log.error('no automaton could be made: %s', said.decode(errors='replace'))
     raise RuntimeError(
-      f'no automaton could be made: the process for it ended with code {done.returncode}; the log '
-      'says more'
+      f'no automaton could be made: the process for it ended with code {code}; the log says more'
     )
-  if done.returncode:  # the system ended it
+  if code:  # the system ended it, or we
     others = f' and {len(regexes) - 1} more, together,' if len(regexes) > 1 else ''
     raise ValueError(
       f'regex={regexes[0][:200]!r}{others} takes more than {MOST_SECONDS} s or '
@@ -161,7 +201,101 @@ def _made_elsewhere(name: str, regexes: Sequence[str]) -> list:
       'places takes 2 to its power many states; lower its counts, or say what stands before it '
       'more exactly'
     )
-  return pickle.loads(done.stdout)
+  return pickle.loads(made)
+
+
+def _ended(told: bytes, wanted: Callable[[], bool]) -> tuple[int, bytes, bytes]:
+  """How the process that is told this has ended, and what it has said. Raises Unwanted."""
+  until, pipe = time.monotonic() + MOST_WAITING, subprocess.PIPE
+  # Of many threads, each with memory of its own, there is no use.
+  alone = os.environ | {'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1'}
+  command = [sys.executable, '-c', _MAKE]
+  with contextlib.ExitStack() as stack:
+    # A file: of what is for a pipe, communicate forgets the rest when its time is over.
+    file = stack.enter_context(tempfile.TemporaryFile())
+    file.write(told)
+    file.seek(0)
+    process = subprocess.Popen(command, stdin=file, stdout=pipe, stderr=pipe, env=alone)
+    stack.enter_context(process)
+    stack.callback(process.kill)  # which nothing waits for, whatever has happened
+    while True:
+      try:
+        made, said = process.communicate(timeout=POLL)
+        return process.returncode, made, said
+      except subprocess.TimeoutExpired:
+        if not wanted():
+          raise Unwanted from None
+        if time.monotonic() > until:
+          process.kill()
+
+
+def _over_tokens(
+  regex: str, vocabulary: Vocabulary, room: Room
+) -> tuple[np.ndarray, np.ndarray] | _Refused:
+  """See `over_tokens`."""
+  tables = _tables(regex)
+  if isinstance(tables, _Refused):
+    return tables
+  after, ends, first = tables
+  # Bytes that lead all states alike are taken for one of them: 'a' to 'z' in [a-z]+.
+  _, same = _merged(after)
+  alike = bytes(int(np.argmax(same == kind)) for kind in same)
+
+  # What each class of byte strings does to all states: nothing leads on, all stay, and what comes.
+  moves = [np.full(len(after), -1, np.int32), np.arange(len(after), dtype=np.int32)]
+  known = {move.tobytes(): i for i, move in enumerate(moves)}
+  longer: dict[tuple[int, int], int] = {}  # the class of a byte string with a byte more
+  classes = np.zeros(len(vocabulary.token_bytes), np.int64)
+  for index, token in enumerate(vocabulary.token_bytes):
+    here = 1 if token else NEVER
+    for byte in token.translate(alike):
+      if (here, byte) not in longer:
+        move = after[moves[here], byte]
+        longer[here, byte] = known.setdefault(move.tobytes(), len(moves))
+        if longer[here, byte] == len(moves):
+          moves.append(move)
+          if len(moves) * move.nbytes > MOST_MOVES:
+            return _Refused(
+              f'takes more than {MOST_MOVES / 2**20:g} MiB for what tokens do to its states: '
+              'shorten it, or lower its counts (maxLength, maxItems)'
+            )
+      here = longer[here, byte]
+    classes[index] = here
+  classes[[*vocabulary.ends]] = len(moves)
+  moves.append(np.where(ends, moves[1], -1).astype(np.int32))
+
+  used, classes = np.unique([NEVER, *classes], return_inverse=True)
+  table = np.stack([moves[i] for i in used], 1)
+  kept = useful(table, ends, first)
+  if not kept.size:
+    return _Refused(
+      f'accepts no text that ids of this {vocabulary.kind!r} tokenizer spell: it accepts none, or '
+      'only some with characters that the vocabulary lacks; allow others, or use a tokenizer that '
+      'has bytes for all characters'
+    )
+
+  renumbered = np.full(len(table) + 1, -1, np.int32)
+  renumbered[kept] = np.arange(len(kept))
+  # The class of nothing but -1 is the first, NEVER, and stays it.
+  table, merged = _merged(renumbered[table[kept]])
+  if table.shape[0] > room.states or table.shape[1] > room.classes:
+    return _Refused(
+      f'takes {table.shape[0]} states and tells {table.shape[1]} classes of tokens apart, of at '
+      f'most {room.states} and {room.classes} that there is room for; make it simpler'
+    )
+  return merged[classes[1:]].astype(np.int32), table
+
+
+def _merged(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The different columns of a table, in the order in which they come, and which of them each
+  column is.
+
+  By their bytes: to sort columns of many thousand rows takes numpy ten seconds and more.
+  """
+  known: dict[bytes, int] = {}
+  which = [known.setdefault(column.tobytes(), len(known)) for column in table.T]
+  _, firsts = np.unique(which, return_index=True)
+  return table[:, firsts], np.array(which)
 
 
 def useful(after: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:

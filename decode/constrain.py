@@ -12,7 +12,7 @@ B rows · V vocabulary · S states · C classes of tokens
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,12 +26,11 @@ from decode import automaton, schema as schemas
 from parallel import axes as ax
 
 FREE = 0  # the state in which everything is allowed, for rows without a constraint
+IDLE = 16  # constraints that no row has, and that stay in the tables for the next one, at most
 SMALLEST = 64  # the tables' sides are rounded up to powers of two from here
 # Of an expression's places (characters, classes), repetitions written out: at this many the library
 # takes some 6 s, and 18,000 states; both grow with them.
 MOST_PLACES = 6144
-MOST_MOVES = 2**29  # bytes of what kinds of tokens do to all states
-_NEVER = 0  # the class of tokens that are never allowed
 
 
 class NoRoom(ValueError):
@@ -59,6 +58,8 @@ class Constraint:
     *,
     regex: str | None = None,
     schema: Mapping[str, Any] | str | os.PathLike | None = None,
+    room: automaton.Room = automaton.Room(),
+    wanted: Callable[[], bool] = lambda: True,
   ):
     """From a regular expression or a JSON schema.
 
@@ -69,6 +70,8 @@ class Constraint:
         repetitions written out have at most MOST_PLACES places, and its automaton is made within
         decode.automaton's limits.
       schema: a dict, JSON text, or a PathLike of a file; what of it is kept, see decode.schema.
+      room: for its tables. wanted: whether anybody waits for it still; decode.automaton.Unwanted
+        is raised when nobody does.
 
     Raises:
       ImportError: without outlines-core.
@@ -77,8 +80,15 @@ class Constraint:
     """
     if (regex is None) == (schema is None):
       raise ValueError(f'regex={regex!r} and schema={schema!r}: give one of the two')
-    self.regex: str = schemas.to_regex(schema, _plain) if regex is None else regex
-    self.classes, self.next = _over_tokens(self.regex, tokenizer)
+    if regex is None:
+      regex = schemas.to_regex(schema, lambda each: automaton.plain(each, _places_of(each), wanted))
+    self.regex: str = regex
+    vocabulary = automaton.Vocabulary(
+      tokenizer.kind, tuple(tokenizer.token_bytes), generation.ends(tokenizer)
+    )
+    self.classes, self.next = automaton.over_tokens(
+      regex, _places_of([regex]), vocabulary, room, wanted
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -133,6 +143,9 @@ class Tables:
   """The automaton of rows that come and go: constraints join and leave it, their states stay where
   they are while they are in it, and its size is fixed, so that nothing is compiled anew.
 
+  To build it anew takes tens of milliseconds, in which no row writes. So a constraint whose last
+  row has left stays, for who asks the same, until others need its room.
+
   Attributes:
     automaton: the tables, as numpy arrays, new ones after every `add`; at first everything is
       allowed.
@@ -156,24 +169,35 @@ class Tables:
     if constraint is None:
       return FREE
     if constraint not in self._firsts:
-      firsts = self._firsts | {constraint: self._gap(len(constraint.next))}
-      self.automaton = self._built(firsts)
-      self._firsts = firsts
+      try:
+        self._put(constraint, self._firsts)
+      except NoRoom:
+        self._put(constraint, {c: self._firsts[c] for c in self._firsts if c in self._users})
     self._users[constraint] = self._users.get(constraint, 0) + 1
     return self._firsts[constraint]
 
   def remove(self, constraint: Constraint | None) -> None:
-    """A row of it has left; with the last one its states are free for others."""
+    """A row of it has left; with the last one its states are there for others."""
     if constraint is None:
       return
     self._users[constraint] -= 1
     if not self._users[constraint]:
-      del self._users[constraint], self._firsts[constraint]
+      del self._users[constraint]
+      self._firsts[constraint] = self._firsts.pop(constraint)  # behind those that left before
+      idle = [c for c in self._firsts if c not in self._users]
+      for longest_ago in idle[:-IDLE]:
+        del self._firsts[longest_ago]
 
-  def _gap(self, states: int) -> int:
-    """The first of so many states in a row that no constraint has."""
+  def _put(self, constraint: Constraint, firsts: dict[Constraint, int]) -> None:
+    """It joins these, which have their first states already. Raises NoRoom."""
+    firsts = firsts | {constraint: self._gap(len(constraint.next), firsts)}
+    self.automaton = self._built(firsts)
+    self._firsts = firsts
+
+  def _gap(self, states: int, firsts: dict[Constraint, int]) -> int:
+    """The first of so many states in a row that none of these constraints has."""
     begin = FREE + 1
-    for constraint, first in sorted(self._firsts.items(), key=lambda item: item[1]):
+    for constraint, first in sorted(firsts.items(), key=lambda item: item[1]):
       if first - begin >= states:
         break
       begin = first + len(constraint.next)
@@ -216,12 +240,15 @@ def _together(
   # A class of the whole is a combination of theirs that some id has: `columns` says which class of
   # each table that is.
   nexts = [np.zeros((1, 1), np.int32), *(c.next for c in firsts)]
-  each = [np.zeros(vocabulary, np.int32)]
+  columns, classes = np.zeros((1, 1), np.int64), np.zeros(vocabulary, np.int64)
   for c in firsts:
     beyond = vocabulary - len(c.classes)
-    each.append(np.pad(c.classes, (0, beyond), constant_values=_NEVER))
-  columns, classes = _merged(np.stack(each))
-  return classes, [
+    theirs = np.pad(c.classes, (0, beyond), constant_values=automaton.NEVER)
+    # One number for a pair of classes, for of numbers unique is fast, where of columns it is not.
+    C = c.next.shape[1]
+    pairs, classes = np.unique(classes * C + theirs, return_inverse=True)
+    columns = np.vstack([columns[:, pairs // C], pairs % C])
+  return classes.astype(np.int32), [
     np.where(table < 0, -1, table + first)[:, column].astype(np.int32)
     for table, first, column in zip(nexts, [FREE, *firsts.values()], columns, strict=True)
   ]
@@ -260,25 +287,17 @@ def advance(automaton: Automaton, states: Int[Array, 'B'], ids: Int[Array, 'B'])
   return jnp.where(after < 0, states, after)
 
 
-def _over_bytes(regex: str) -> automaton.Tables:
-  """See decode.automaton.over_bytes, for expressions of at most MOST_PLACES places."""
-  return automaton.over_bytes(regex, _checked_places(regex))
-
-
-def _plain(regexes: Sequence[str]) -> list[bool]:
-  """See decode.automaton.plain, for expressions of at most MOST_PLACES places each."""
-  return automaton.plain(regexes, sum(map(_checked_places, regexes)))
-
-
-def _checked_places(regex: str) -> int:
-  """Raises ValueError where there are more than MOST_PLACES."""
-  if (places := _places(regex)) > MOST_PLACES:
-    raise ValueError(
-      f'regex={regex[:200]!r} has {places:,} places with its repetitions written out, of at most '
-      f'{MOST_PLACES:,} (a character of a JSON string is 3): lower its counts (maxLength, '
-      'maxItems), or leave them out and bound the text by max_new_tokens'
-    )
-  return places
+def _places_of(regexes: Sequence[str]) -> int:
+  """Of all of them. Raises ValueError where one has more than MOST_PLACES."""
+  each = list(map(_places, regexes))
+  for regex, places in zip(regexes, each, strict=True):
+    if places > MOST_PLACES:
+      raise ValueError(
+        f'regex={regex[:200]!r} has {places:,} places with its repetitions written out, of at most '
+        f'{MOST_PLACES:,} (a character of a JSON string is 3): lower its counts (maxLength, '
+        'maxItems), or leave them out and bound the text by max_new_tokens'
+      )
+  return sum(each)
 
 
 _CLASS = r'\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\])*\]|'
@@ -318,64 +337,3 @@ def _places(regex: str) -> int:
         # A class without an end: nor has another behind it, and each would look for it anew.
         place = _PLACE_BUT_CLASSES
   return sum(totals)
-
-
-def _over_tokens(regex: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-  """Classes [V] and next [S, C] of a Constraint."""
-  after, ends, first = _over_bytes(regex)
-  # Bytes that lead all states alike are taken for one of them: 'a' to 'z' in [a-z]+.
-  _, same = _merged(after)
-  alike = bytes(int(np.argmax(same == kind)) for kind in same)
-
-  # What each class of byte strings does to all states: nothing leads on, all stay, and what comes.
-  moves = [np.full(len(after), -1, np.int32), np.arange(len(after), dtype=np.int32)]
-  known = {move.tobytes(): i for i, move in enumerate(moves)}
-  longer: dict[tuple[int, int], int] = {}  # the class of a byte string with a byte more
-  classes = np.zeros(tokenizer.vocabulary, np.int64)
-  for index, token in enumerate(tokenizer.token_bytes):
-    here = 1 if token else _NEVER
-    for byte in token.translate(alike):
-      if (here, byte) not in longer:
-        move = after[moves[here], byte]
-        longer[here, byte] = known.setdefault(move.tobytes(), len(moves))
-        if longer[here, byte] == len(moves):
-          moves.append(move)
-          _check_moves(regex, len(moves) * move.nbytes)
-      here = longer[here, byte]
-    classes[index] = here
-  classes[[*generation.ends(tokenizer)]] = len(moves)
-  moves.append(np.where(ends, moves[1], -1).astype(np.int32))
-
-  used, classes = np.unique([_NEVER, *classes], return_inverse=True)
-  table = np.stack([moves[i] for i in used], 1)
-  kept = automaton.useful(table, ends, first)
-  if not kept.size:
-    raise ValueError(
-      f'no ids of this {tokenizer.kind!r} tokenizer spell a text that regex={regex!r} accepts: it '
-      'accepts none, or only some with characters that the vocabulary lacks; allow others, or use '
-      'a tokenizer that has bytes for all characters'
-    )
-
-  renumbered = np.full(len(table) + 1, -1, np.int32)
-  renumbered[kept] = np.arange(len(kept))
-  # Their order is that of the columns' numbers, so that the class of nothing but -1 is the first,
-  # _NEVER.
-  table, merged = _merged(renumbered[table[kept]])
-  return merged[classes[1:]].astype(np.int32), table
-
-
-def _check_moves(regex: str, nbytes: int) -> None:
-  """Raises ValueError where states, times kinds of tokens, take too much memory."""
-  if nbytes > MOST_MOVES:
-    raise ValueError(
-      f'regex={regex[:200]!r} takes more than {MOST_MOVES / 2**20:g} MiB for what tokens do to its '
-      'states: shorten it, or lower its counts (maxLength, maxItems)'
-    )
-
-
-def _merged(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The different columns of a table, in the order of their numbers, and which of them each column
-  is, int32.
-  """
-  columns, which = np.unique(table, axis=1, return_inverse=True)
-  return columns, which.reshape(-1).astype(np.int32)

@@ -159,10 +159,11 @@ class Limits:
   """What a server shares is bounded, and each bound is said when it is met.
 
   Attributes:
-    waiting: samples that wait for a row, at most; beyond them QueueFull.
+    waiting: samples that wait for a row, at most; beyond them QueueFull. Of these, as of
+      constraints, API keys have shares (serving.queue.check_places).
     samples: of one call. stops: texts and ids of one call. stop_length: characters of a stop text.
     constraint: characters of a regex or schema. constraints: that are being made at a time, and
-      waiting to be, at most. kept: constraints that are kept for others.
+      waiting to be, at most. kept, kept_bytes: constraints that are kept for others.
     unread: tokens of a call that its reader leaves unread, at most; beyond them it has failed.
     patience: seconds after which whoever waits goes before all priorities.
     gap_ms: how long a row that writes waits for its next tokens, about, at most.
@@ -175,6 +176,7 @@ class Limits:
   constraint: int = 65536
   constraints: int = 16
   kept: int = 64
+  kept_bytes: int = 2**28
   unread: int = 65536
   patience: float = 30.0
   gap_ms: float = 200.0

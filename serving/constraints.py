@@ -7,30 +7,57 @@ by another process (decode.automaton), and whatever is beyond what the engine ha
 
 import collections
 import concurrent.futures
+import dataclasses
 import json
 import threading
 from concurrent.futures import Future
 
 from data.tokenizer import Tokenizer
+from decode.automaton import Room
 from decode.constrain import Constraint
 from decode.engine import Sizes
-from serving.call import Call, Limits, QueueFull
+from serving.call import Call, Limits
+from serving.queue import check_places
 
 THREADS = 2
+
+
+@dataclasses.dataclass(eq=False)
+class _Making:
+  """A constraint that is being made, or is.
+
+  Attributes:
+    key: of whom it was asked for first. made: what comes of it.
+    waiting: how many wait for it. nbytes: of its tables.
+  """
+
+  key: str
+  made: Future = dataclasses.field(default_factory=Future)
+  waiting: int = 1
+  nbytes: int = 0
+
+  @property
+  def left(self) -> bool:
+    """Whether it ends without being made: nobody waited for it any more."""
+    return self.made.cancelled() or not (self.made.done() or self.waiting)
 
 
 class Constraints:
   """Of one tokenizer. Any thread may ask."""
 
   def __init__(self, tokenizer: Tokenizer, sizes: Sizes, limits: Limits):
-    self._tokenizer, self._sizes, self._limits = tokenizer, sizes, limits
+    self._tokenizer, self._limits = tokenizer, limits
+    # One state and one class are those of no constraint.
+    self._room = Room(sizes.states - 1, sizes.classes - 1)
     self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, 'constraint')
-    self._kept: collections.OrderedDict[tuple, Future] = collections.OrderedDict()
+    self._kept: collections.OrderedDict[tuple, _Making] = collections.OrderedDict()
+    self._closed = False
     self._lock = threading.Lock()
 
   def made(self, call: Call) -> Future | None:
     """The constraint that a call's texts keep to, when it is made; None where there is none. What
-    is wrong with it is the future's ValueError.
+    is wrong with it is the future's ValueError. Who does not want it any more cancels the future:
+    what nobody wants is not made.
 
     Raises ValueError for one that is too long, and QueueFull where as many are being made as may.
     """
@@ -45,45 +72,83 @@ class Constraints:
         f'{what} has {len(text)} characters, of at most {self._limits.constraint}; shorten it'
       )
     with self._lock:
-      if (what, text) in self._kept:
+      making = self._kept.get((what, text))
+      if making is None or making.left:
+        making = self._begun((what, text), call.key)
+      elif making.made.done():
         self._kept.move_to_end((what, text))
-        return self._kept[what, text]
-      being_made = sum(not future.done() for future in self._kept.values())
-      if being_made >= self._limits.constraints:
-        raise QueueFull(
-          f'{being_made} constraints are being made, of at most {self._limits.constraints} at a '
-          'time; come again later',
-          1.0,
-        )
-      future = self._kept[what, text] = self._threads.submit(self._make, what, text)
-      for key in list(self._kept)[: max(0, len(self._kept) - self._limits.kept)]:
-        if self._kept[key].done():
-          del self._kept[key]
-    return future
+        return making.made
+      else:
+        self._kept.move_to_end((what, text))
+        making.waiting += 1
+    return self._waiting_for(making)
+
+  def _begun(self, what: tuple[str, str], key: str) -> _Making:
+    making = [each.key for each in self._kept.values() if not each.made.done()]
+    most = self._limits.constraints
+    check_places(key, 1, collections.Counter(making), most, 'constraints are being made', 1.0)
+    begun = _Making(key)
+    begun.made = self._threads.submit(self._make, *what, begun)
+    self._kept[what] = begun
+    self._kept.move_to_end(what)
+    self._forget()
+    return begun
+
+  def _waiting_for(self, making: _Making) -> Future:
+    """A future of its own, for one of several who ask may cancel it."""
+    waiting: Future = Future()
+
+    def left(waiting: Future) -> None:
+      if not waiting.cancelled():
+        return
+      with self._lock:
+        making.waiting -= 1
+        last = not making.waiting
+      if last:
+        making.made.cancel()  # if it has not begun; else it ends as soon as it sees that
+
+    def came(made: Future) -> None:
+      if made.cancelled():
+        waiting.cancel()
+      elif waiting.set_running_or_notify_cancel():
+        if (error := made.exception()) is not None:
+          waiting.set_exception(error)
+        else:
+          waiting.set_result(made.result())
+
+    waiting.add_done_callback(left)
+    making.made.add_done_callback(came)
+    return waiting
 
   def close(self) -> None:
-    """No more are made."""
+    """No more are made, and what is being made ends."""
+    self._closed = True
     self._threads.shutdown(wait=False, cancel_futures=True)
 
-  def _make(self, what: str, text: str) -> Constraint:
+  def _forget(self) -> None:
+    """Keeps no more than may be; what was asked for longest ago goes first."""
+    limits, left = self._limits, list(self._kept.values())
+    for what, making in list(self._kept.items()):
+      nbytes = sum(each.nbytes for each in left)
+      few = len(left) <= limits.kept and nbytes <= limits.kept_bytes
+      if making.made.cancelled() or (making.made.done() and not few):
+        left.remove(making)
+        del self._kept[what]
+
+  def _make(self, what: str, text: str, making: _Making) -> Constraint:
+    def wanted() -> bool:
+      return making.waiting > 0 and not self._closed
+
     try:
-      return self._fitting(what, text)
+      made = Constraint(self._tokenizer, **{what: text}, room=self._room, wanted=wanted)
+      making.nbytes = made.next.nbytes + made.classes.nbytes
+      return made
     except ValueError as error:
       refused = str(error)
     except Exception:
       with self._lock:  # who asks again may have more luck
-        self._kept.pop((what, text), None)
+        if self._kept.get((what, text)) is making:
+          del self._kept[what, text]
       raise
     # It is kept for who asks the same, with its traceback, which has to have no tables in it.
     raise ValueError(refused)
-
-  def _fitting(self, what: str, text: str) -> Constraint:
-    constraint = Constraint(self._tokenizer, **{what: text})
-    (states, classes), sizes = constraint.next.shape, self._sizes
-    # One state and one class are those of no constraint.
-    if states >= sizes.states or classes >= sizes.classes:
-      raise ValueError(
-        f'{what} takes {states} states and tells {classes} classes of tokens apart, of at most '
-        f'{sizes.states - 1} and {sizes.classes - 1} that this server has room for; make it simpler'
-      )
-    return constraint

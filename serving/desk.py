@@ -23,7 +23,7 @@ from decode.front import Front
 from decode.request import Bound, Row
 from decode.sampling import Sampling, sample_seed, sampling_of
 from serving import call as calls
-from serving.call import Call, Failure, Limits, NotReady, Stats
+from serving.call import Call, Failure, Limits, NotReady, QueueFull, Stats
 from serving.constraints import Constraints
 from serving.jobs import Job, Jobs
 from serving.scheduler import AnyEngine, RowCall, Scheduler
@@ -59,6 +59,7 @@ class Desk:
     self.vocabulary = vocabulary or tokenizer.vocabulary
     self.state, self.progress, self.error = calls.STARTING, (0, 0), ''
     self.alternatives, self.page = engine.sizes.alternatives, engine.sizes.block
+    self.width = engine.width
     self._engine, self._plain, self._fronts = engine, plain, dict(adapters or {})
     self._constraints = Constraints(tokenizer, engine.sizes, limits)
     self._scheduler = Scheduler(engine, limits, clock)
@@ -122,6 +123,8 @@ class Desk:
     )
     self._engine.check(request)
 
+    # Nothing is made for whom there is no place.
+    self._scheduler.check_places(call.key, len(call.samples))
     made = self._constraints.made(call)
     now = self.clock()
     ticket = Ticket(call, ids, now, self._cancel)
@@ -141,7 +144,12 @@ class Desk:
       )
       for index in call.samples
     ]
-    self._scheduler.submit(samples)
+    try:
+      self._scheduler.submit(samples)
+    except (QueueFull, NotReady):
+      if made is not None:
+        made.cancel()
+      raise
     self._woken()
     if made is not None:
       made.add_done_callback(lambda _: self._woken())

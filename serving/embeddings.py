@@ -47,18 +47,16 @@ class AskedEmbeddings:
         code='unsupported',
       )
     self._given: Mapping[str, Any] = given
+    if (dimensions := given.get('dimensions', 1)) > service.width:
+      raise Denied(f'dimensions={dimensions}, and the model has {service.width}', 'dimensions')
     self.adapter = reader.adapter(given)
     self.model = given.get('model', reader.models[0])
     with refusing():
       self.texts = [service.encoded(each) for each in given['input']]
 
   def answer(self, vectors: np.ndarray) -> dict:
-    """vectors: [texts, D]. Raises Denied for more dimensions than they have."""
-    D = vectors.shape[1]
-    dimensions = self._given.get('dimensions', D)
-    if dimensions > D:
-      raise Denied(f'dimensions={dimensions}, and the model has {D}', 'dimensions')
-    vectors = vectors[:, :dimensions].astype(np.float64)
+    """vectors: [texts, D]. Raises Denied for those that are not finite."""
+    vectors = vectors[:, : self._given.get('dimensions')].astype(np.float64)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
     if not np.isfinite(vectors).all():
       raise Denied('the model has no finite vector of a text', status=500, code='broken')

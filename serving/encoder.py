@@ -28,6 +28,7 @@ class EncoderRows:
         raise ValueError(f'{name}={value!r} of an encoder, which writes nothing; leave it out')
     check_pooling(pooling, causal=False)
     self.sizes, self._model, self._pooling = sizes, model, pooling
+    self.width = model.model.config.width
     self.free: list[int] = []
     self.reading: list[int] = []
     self._embedder: Embedder | None = None

@@ -24,6 +24,8 @@ from serving.desk import Desk
 
 SIZES = Sizes(rows=4, capacity=256, read_tokens=16, steps=4, alternatives=20)
 
+EMBEDDED = 4  # numbers of a text's vector
+
 
 class StandingClock:
   """Seconds that pass when they are told to."""
@@ -54,7 +56,7 @@ class FakeEngine:
   """
 
   def __init__(self, write: Callable[[Request], Iterable[int]] = echo, sizes: Sizes = SIZES):
-    self.sizes, self._write = sizes, write
+    self.sizes, self._write, self.width = sizes, write, EMBEDDED
     self.lost: Exception | None = None
     self.broken: set[int] = set()
     self.waiting: set[int] = set()
@@ -188,9 +190,9 @@ def scored(
 
 
 def embedded(texts: Sequence[Sequence[int]], front: Front) -> Generator[None, None, np.ndarray]:
-  """An embedder, of 4 numbers: of a text's first ids, from 0 on where there are fewer."""
+  """An embedder: of a text's first ids, from 0 on where there are fewer."""
   yield
-  return np.array([[*ids, 0, 0, 0, 0][:4] for ids in texts], np.float32)
+  return np.array([[*ids, *[0] * EMBEDDED][:EMBEDDED] for ids in texts], np.float32)
 
 
 class FakeService(Desk):

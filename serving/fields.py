@@ -200,15 +200,15 @@ def mapping(
     within = f'{name}.' if name else ''
     checked = {}
     for key, each in value.items():
+      if each is None:
+        continue  # as clients write what they leave out, whatever its name is
       place = f'{within}{key}' if len(key) <= SHOWN else f'{within}{key[:SHOWN]}...'
       if key in refused:
-        if each is not None:
-          raise Denied(f'{place} is not supported: {refused[key]}', place, code='unsupported')
-      elif key not in fields:
+        raise Denied(f'{place} is not supported: {refused[key]}', place, code='unsupported')
+      if key not in fields:
         known = ', '.join(fields)
         raise Denied(f'{place} is not known here; known: {known}', place, code='unknown_field')
-      elif each is not None:
-        checked[key] = fields[key](place, each)
+      checked[key] = fields[key](place, each)
     for key in needed:
       if key not in checked:
         raise Denied(f'{within}{key} is missing', f'{within}{key}')

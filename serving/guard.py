@@ -99,11 +99,14 @@ class ServerGuard:
     keys: ApiKeys | None = None,
     body: int = 2**20,
     pages: Sequence[str] = (),
+    requests: int = 512,
     log_prompts: bool = False,
   ):
     """hosts: names that it may be called by; '*' is any. body: bytes of one. pages: paths that
-    anybody may see. log_prompts: whether lines have what is asked and written, too.
+    anybody may see. requests: that are answered at a time, besides PROBES. log_prompts: whether
+    lines have what is asked and written, too.
     """
+    self._requests, self._now = requests, 0
     self._log_prompts = log_prompts
     self._app, self._keys, self._body = app, keys, body
     self._hosts = {host.lower() for host in hosts}
@@ -128,6 +131,9 @@ class ServerGuard:
         message = message | {'headers': [*message['headers'], *added]}
       await send(message)
 
+    # Who is asked whether it is well has to answer, most of all when there is much to do.
+    counted = scope['path'] not in PROBES
+    self._now += counted
     try:
       try:
         self._check(Request(scope), state)
@@ -141,6 +147,7 @@ class ServerGuard:
         return
       await self._app(scope, receive, answer)
     finally:
+      self._now -= counted
       line = {
         'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
         'id': state['id'],
@@ -158,6 +165,13 @@ class ServerGuard:
     path = request.scope['path']  # and not that of request.url, which is made of the Host header
     if path in PROBES:
       return
+    if self._now > self._requests:
+      raise Denied(
+        f'{self._now - 1} requests are being answered, of at most {self._requests}; come again '
+        'later',
+        status=503,
+        code='busy',
+      )
     host = request.headers.get('host', '')
     if '*' not in self._hosts and without_port(host) not in self._hosts:
       # Else a page elsewhere, whose name was made to point here, could ask in a browser's name.

@@ -26,6 +26,7 @@ from serving.written import Asked, Gone, WrittenEndpoint, came, unserved, watche
 
 BODY = 2**20  # bytes of a request, and of each token that a row holds so many more
 BODY_TOKEN = 16
+BRIEF = 64  # requests at a time that wait for nothing
 
 
 def app(
@@ -82,8 +83,14 @@ def app(
     keys=keys,
     body=BODY + BODY_TOKEN * service.longest(),
     pages=[*files],
+    requests=most_requests(service),
     log_prompts=log_prompts,
   )
+
+
+def most_requests(service: Service) -> int:
+  """Answered at a time: those that have a row, that wait for one, or to be read, and brief ones."""
+  return service.stats().rows + 2 * service.limits.waiting + BRIEF
 
 
 def called(call: Callable[[Request], Awaitable[Response]]):

@@ -3,6 +3,7 @@ embedded: one job after another, part by part, between the steps of those that w
 one part at a time. Keys take turns, as for rows.
 """
 
+import collections
 import dataclasses
 import logging
 import threading
@@ -11,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from serving.call import JobCounts, Limits, QueueFull
-from serving.queue import Queue, Waiting
+from serving.queue import Queue, Waiting, check_places
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +64,12 @@ class Jobs:
       for gone in [waiting for waiting in self._waiting if waiting.result.cancelled()]:
         gone.job.close()
         self._waiting.remove(gone)
-      if len(self._waiting) >= self._limits.waiting:
+      try:
+        of_keys = collections.Counter(waiting.key for waiting in self._waiting)
+        check_places(key, 1, of_keys, self._limits.waiting, 'requests wait to be read', 1.0)
+      except QueueFull:
         self.refused += 1
-        raise QueueFull(
-          f'{len(self._waiting)} requests wait to be read, of at most {self._limits.waiting}; come '
-          'again later',
-          1.0,
-        )
+        raise
       waiting = _Waiting(
         key, priority, self._clock(), job=job, result=Future(), kind=kind, tokens=tokens
       )

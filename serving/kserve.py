@@ -28,7 +28,9 @@ from serving.service import Service
 from serving.wire import COMMON, PROMPTS, AskedCall
 from serving.written import Asked
 
-INFER = '/v2/models/{name}/infer'
+# A name may have slashes, as those of Hugging Face's hub have.
+MODEL = '/v2/models/{name:path}'
+INFER = f'{MODEL}/infer'
 OUTPUTS = ('text', 'finish_reason')
 BINARY = {'parameters': 'tensors are JSON here; binary_data is not'}
 
@@ -125,7 +127,11 @@ def routes(service: Service, reader: Reader) -> dict[str, Callable[[Request], Aw
     said = {'name': name, 'ready': state == calls.READY}
     return JSONResponse(said, 200 if state == calls.READY else 503)
 
-  return {'/v2': server, '/v2/models/{name}': model, '/v2/models/{name}/ready': ready}
+  async def infer(request: Request) -> Response:
+    raise Denied(f'{request.method} {request.scope["path"][:80]}: POST it', status=405)
+
+  # The first that fits is asked: a model's own path fits all of them.
+  return {'/v2': server, f'{MODEL}/ready': ready, INFER: infer, MODEL: model}
 
 
 def _version() -> str:

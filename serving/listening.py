@@ -4,6 +4,7 @@ programs are compiled, /health says so. A signal drains it; a second one ends it
 
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -17,10 +18,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from decode.results import progress_bar
 from serving import call as calls
+from serving.http import most_requests
 from serving.service import Service
 
-CONNECTIONS = 512  # at a time; who comes beyond is told so
+# Connections at a time beyond those whose requests are answered (serving.http.most_requests): who
+# keeps one without a request, or probes. Who comes beyond these is told so.
+MORE_CONNECTIONS = 192
+FILES = 256  # open, besides connections
 HEADERS = 30.0  # seconds in which the head of a request has to come
+BEHIND = 2**16  # bytes behind a request, before its answer has ended
 KEPT = 30  # seconds that a connection without a request is kept
 ENDING = 5  # seconds that what is sent has to be taken, when all is written
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -41,7 +47,7 @@ def bound(host: str, port: int) -> socket.socket:
   return opened
 
 
-def config(app: ASGIApp) -> uvicorn.Config:
+def config(app: ASGIApp, service: Service) -> uvicorn.Config:
   """How connections are treated."""
   return uvicorn.Config(
     app,
@@ -50,7 +56,7 @@ def config(app: ASGIApp) -> uvicorn.Config:
     log_level='warning',
     access_log=False,
     server_header=False,
-    limit_concurrency=CONNECTIONS,
+    limit_concurrency=most_requests(service) + MORE_CONNECTIONS,
     timeout_keep_alive=KEPT,
     timeout_graceful_shutdown=ENDING,
     lifespan='off',
@@ -65,7 +71,8 @@ def listen(
   say: Callable[[str], None],
 ) -> None:
   """Until a signal has drained the service, or it has failed. say: what a person is to know."""
-  server = _Server(config(app), service, drain_seconds, say)
+  server = _Server(config(app, service), service, drain_seconds, say)
+  _allow_files(server.config.limit_concurrency + FILES, say)
 
   def end():
     service.closed()
@@ -74,6 +81,20 @@ def listen(
   threading.Thread(target=end, daemon=True).start()
   threading.Thread(target=_say_progress, args=(service, say), daemon=True).start()
   server.run(sockets=[opened])
+
+
+def _allow_files(count: int, say: Callable[[str], None]) -> None:
+  """Of this process; a connection is one."""
+  allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if allowed == resource.RLIM_INFINITY or allowed >= count:
+    return
+  few = most != resource.RLIM_INFINITY and most < count
+  resource.setrlimit(resource.RLIMIT_NOFILE, (most if few else count, most))
+  if few:
+    say(
+      f'NOTE: this process may open {most} files, and for all its connections would need {count}: '
+      'raise ulimit -n, or lower --waiting'
+    )
 
 
 class _Server(uvicorn.Server):
@@ -115,7 +136,9 @@ class _Server(uvicorn.Server):
 
 
 class _Impatient(H11Protocol):
-  """Which closes connections whose request does not come."""
+  """Which closes connections whose request does not come, and hears that a client has gone whatever
+  it has sent behind its request.
+  """
 
   _late = None
 
@@ -128,6 +151,13 @@ class _Impatient(H11Protocol):
     asked = self.cycle is not None and not self.cycle.response_complete
     if asked:
       self._forget()
+      behind = len(self.conn.trailing_data[0])
+      if not self.cycle.more_body and behind:
+        # uvicorn reads no further than to the next request, nor to the connection's end then: a row
+        # would be written for nobody.
+        self.flow.resume_reading()
+        if behind > BEHIND:
+          self._close()
     elif self._late is None:
       self._late = self.loop.call_later(HEADERS, self._close)
 

@@ -22,8 +22,10 @@ MODEL = ('model_name',)
 KIND = (*MODEL, 'kind')
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5)
 LONG = (*SHORT[4:], 10, 20, 40, 80, 160, 320, 640)
+FIRST = (*SHORT, *LONG[-7:])  # from the fastest prompts to the longest queues
 
-# name -> (kind, labels, help). Behind a histogram's name stands _bucket, _sum or _count.
+# name -> (kind, labels, help), and of a histogram the ends of its buckets, in seconds. Behind its
+# name stands _bucket, _sum or _count.
 TABLE = {
   'tandem_num_requests_running': ('gauge', MODEL, 'Rows that have a request.'),
   'tandem_num_requests_waiting': ('gauge', MODEL, 'Samples that wait for a row.'),
@@ -87,20 +89,33 @@ TABLE = {
     'histogram',
     MODEL,
     'From the request to its first token.',
+    FIRST,
   ),
   'tandem_inter_token_latency_seconds': (
     'histogram',
     MODEL,
     'Between two tokens of a sample; of a chunk of several, its time over their number.',
+    SHORT,
   ),
-  'tandem_e2e_request_latency_seconds': ('histogram', MODEL, 'From the request to its end.'),
-  'tandem_request_queue_time_seconds': ('histogram', MODEL, 'From the request to its first row.'),
+  'tandem_e2e_request_latency_seconds': ('histogram', MODEL, 'From the request to its end.', LONG),
+  'tandem_request_queue_time_seconds': (
+    'histogram',
+    MODEL,
+    'From the request to its first row.',
+    LONG,
+  ),
   'tandem_request_prefill_time_seconds': (
     'histogram',
     MODEL,
     'From its first row to its first token.',
+    LONG,
   ),
-  'tandem_request_decode_time_seconds': ('histogram', MODEL, 'From its first token to its end.'),
+  'tandem_request_decode_time_seconds': (
+    'histogram',
+    MODEL,
+    'From its first token to its end.',
+    LONG,
+  ),
 }
 
 
@@ -111,15 +126,9 @@ class Metrics:
     self._registry = CollectorRegistry()
     self._registry.register(_OfService(service, model))
     self._times = {
-      name: Histogram(
-        name,
-        help,
-        labels,
-        registry=self._registry,
-        buckets=SHORT if 'token' in name else LONG,
-      ).labels(model)
-      for name, (kind, labels, help) in TABLE.items()
-      if kind == 'histogram'
+      name: Histogram(name, help, labels, registry=self._registry, buckets=buckets).labels(model)
+      for name, (_, labels, help, *ends) in TABLE.items()
+      for buckets in ends
     }
 
   def text(self) -> bytes:
@@ -156,7 +165,7 @@ class _OfService(Collector):
 
   def collect(self) -> Iterator[Any]:
     values = _values(self._service.stats())
-    for name, (kind, labels, help) in TABLE.items():
+    for name, (kind, labels, help, *_) in TABLE.items():
       if kind == 'histogram':
         continue
       family = GaugeMetricFamily if kind == 'gauge' else CounterMetricFamily

@@ -4,7 +4,9 @@ priority goes before others, until one of these has waited too long.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+
+from serving.call import QueueFull
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,3 +74,26 @@ class Queue:
     """It goes, and its key's next turn comes after everyone else's."""
     self._turns[item.key] = next(self._turn)
     self.remove(item)
+
+
+def check_places(
+  key: str, count: int, waiting: Mapping[str, int], most: int, what: str, retry_after: float
+) -> None:
+  """Raises QueueFull where no more of this key may wait.
+
+  A key that has some waiting gets half of what others leave, at most. So there are places for who
+  comes later, whatever another has asked for; without keys ('') all are anybody's.
+
+  waiting: how many of each key do. what: they are, and do.
+  """
+  total, mine = sum(waiting.values()), waiting.get(key, 0)
+  share, of_key = most - total + mine, ''
+  if key and mine:
+    share //= 2
+    of_key = f' ({mine} of this API key, which gets half of what others leave)'
+  if mine + count > share:
+    raise QueueFull(
+      f'{total} {what}, of at most {most}{of_key}, and {count} more are asked for; come again '
+      'later, or ask for fewer at a time',
+      retry_after,
+    )

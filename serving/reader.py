@@ -33,6 +33,12 @@ class Reader:
     if service.tokenizer.chat_templates:
       self.template = ChatTemplate.of(service.tokenizer)
     self._thinks = parts.thinks(served.reasoning, self.template, service.tokenizer)
+    # A control token is no text, in which its name could be found.
+    self._silent = {
+      name: i
+      for name, i in service.tokenizer.control_ids().items()
+      if i < service.vocabulary and not service.tokenizer.decode_bytes([i])
+    }
     self._call_form = parts.call_form(self.template, service.tokenizer.control_ids())
 
   @property
@@ -215,7 +221,8 @@ class Reader:
     options |= {name: given[name] for name in LAW if name in given and name != 'seed'}
     stops = given['stop'] if 'stop' in given else self._served.defaults.get('stop', ())
     stops = [stops] if isinstance(stops, str) else stops
-    options['stop'] = [*stops, *given.get('stop_token_ids', ())]
+    ids = [self._silent[stop] for stop in stops if stop in self._silent]
+    options['stop'] = [*stops, *ids, *given.get('stop_token_ids', ())]
     options['num_samples'] = given.get('n', 1)
     return options
 

@@ -103,7 +103,7 @@ class EngineRows:
       check_pooling(pooling, causal=True)
     with jax.set_mesh(model.mesh):
       check(config, sizes)
-    self.sizes, self.model = sizes, model
+    self.sizes, self.model, self.width = sizes, model, config.width
     self._engine: Engine | None = None
     self._scorer: PromptScorer | None = None
     self._embedder: Embedder | None = None

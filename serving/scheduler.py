@@ -25,7 +25,7 @@ from decode.request import FAILED, Row
 from decode.sizes import Use
 from serving import call as calls
 from serving.call import EngineLost, Event, Failure, Limits, NotReady, QueueFull, Stats
-from serving.queue import Queue, Waiting
+from serving.queue import Queue, Waiting, check_places
 from serving.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,11 @@ class AnyEngine(Protocol):
 
   Attributes:
     free, reading: rows without a request, and rows whose prompt is not read to its end.
+    width: of the model, D.
   """
 
   sizes: Sizes
+  width: int
   free: Sequence[int]
   reading: Sequence[int]
 
@@ -147,7 +149,7 @@ class Scheduler:
     self._lock = threading.Lock()
     self._arrived: list[RowCall] = []
     self._cancelled: list[tuple[Ticket, str, Failure | None]] = []
-    self._waiting = 0
+    self._waiting: collections.Counter[str] = collections.Counter()  # of each key
     self._until: float | None = None  # all ends then
     self._over = False
 
@@ -160,20 +162,31 @@ class Scheduler:
 
   # From any thread.
 
-  def submit(self, samples: Sequence[RowCall]) -> None:
-    """All of them wait, or none. Raises QueueFull, and NotReady behind `end_all`."""
+  def check_places(self, key: str, count: int) -> None:
+    """Raises what `submit` would, for so many samples."""
     with self._lock:
-      if self._over:
-        raise NotReady(calls.CLOSED)
-      if self._waiting + len(samples) > self._limits.waiting:
-        self._counts['refused'] += 1
-        raise QueueFull(
-          f'{self._waiting} samples wait, of at most {self._limits.waiting}, and {len(samples)} '
-          'more are asked for; come again later, or ask for fewer at a time',
-          max(RETRY, self._lasted),
-        )
-      self._waiting += len(samples)
+      self._check_places(key, count)
+
+  def _check_places(self, key: str, count: int) -> None:
+    if self._over:
+      raise NotReady(calls.CLOSED)
+    retry_after = max(RETRY, self._lasted)
+    try:
+      check_places(key, count, self._waiting, self._limits.waiting, 'samples wait', retry_after)
+    except QueueFull:
+      self._counts['refused'] += 1
+      raise
+
+  def submit(self, samples: Sequence[RowCall]) -> None:
+    """All of them, of one key, wait, or none. Raises QueueFull, and NotReady behind `end_all`."""
+    with self._lock:
+      self._check_places(samples[0].key, len(samples))
+      self._waiting[samples[0].key] += len(samples)
       self._arrived += samples
+
+  def _waits_no_more(self, sample: RowCall) -> None:
+    with self._lock:
+      self._waiting -= collections.Counter([sample.key])
 
   def cancel(
     self, ticket: Ticket, finish: str = calls.CANCELLED, error: Failure | None = None
@@ -195,12 +208,14 @@ class Scheduler:
   def stats(self) -> Stats:
     rows, sizes, counts = list(self._rows.values()), self._engine.sizes, self._counts
     writing, use = len(self._writing), self._engine.use()
+    with self._lock:
+      waiting = self._waiting.total()
     return Stats(
       rows=sizes.rows,
       free=sizes.rows - len(rows),
       reading=len(rows) - writing,
       writing=writing,
-      waiting=self._waiting,
+      waiting=waiting,
       tokens=use.tokens,
       room=use.room,
       prompt_tokens=counts['prompt'],
@@ -316,8 +331,7 @@ class Scheduler:
       if sample is self._stuck:
         self._stuck = None
       self._queue.turn(sample)
-      with self._lock:
-        self._waiting -= 1
+      self._waits_no_more(sample)
       sample.place, sample.began, self._rows[row] = row, now, sample
       if sample.ticket.times.began is None:
         sample.ticket.times.began = now
@@ -446,8 +460,9 @@ class Scheduler:
       self._lasted += RECENT * (self._clock() - sample.began - self._lasted)
     else:
       self._queue.remove(sample)
-      with self._lock:
-        self._waiting -= 1
+      self._waits_no_more(sample)
+      if sample.constraint is not None:
+        sample.constraint.cancel()  # that of all samples of its call, which end together
     if sample is self._stuck:
       self._stuck = None
     piece += text.end(finish)

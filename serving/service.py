@@ -21,7 +21,7 @@ class Service(Protocol):
   Attributes:
     tokenizer: whose ids are read and written.
     vocabulary: ids are below it. adapters: names that Options.adapter may have.
-    alternatives: Options.logprobs at most.
+    alternatives: Options.logprobs at most. width: numbers of a text's vector.
     limits: see there.
     clock: gives seconds, of Event.at and Times; never back.
     state: one of serving.call.STATES. progress: programs that are compiled, and that will be.
@@ -33,6 +33,7 @@ class Service(Protocol):
   vocabulary: int
   adapters: Sequence[str]
   alternatives: int
+  width: int
   limits: Limits
   clock: Callable[[], float]
   state: str

@@ -233,7 +233,7 @@ class Sent:
 
 
 class HeardCalls:
-  """Unpacks it: a constraint that a row has still is the one that it was."""
+  """Unpacks it: a constraint that the tables have still is the one that it was."""
 
   def __init__(self):
     self._constraints: weakref.WeakValueDictionary[int, Constraint] = weakref.WeakValueDictionary()

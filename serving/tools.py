@@ -153,8 +153,8 @@ class Tools:
 
   def keeps(self, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the text keeps to, as a Call has it. Raises Denied."""
-    for name in ('regex', 'response_format'):
-      if name in given:
+    for name, nothing in (('regex', None), ('response_format', {'type': 'text'})):
+      if given.get(name, nothing) != nothing:
         raise Denied(f'{name} with tools; leave out one, or give tool_choice=none', name)
     if not self.forced:
       return {}

@@ -188,7 +188,7 @@ _MESSAGE = mapping(
     'content': _content,
     'name': text,
     'reasoning_content': text,
-    'tool_calls': several(tool_calls.check_call, 1, 128),
+    'tool_calls': several(tool_calls.check_call, 0, 128),
     'tool_call_id': text,
   },
   ('role',),
@@ -198,6 +198,11 @@ _MESSAGE = mapping(
 
 def _message(name: str, value: Any) -> dict:
   message = _MESSAGE(name, value)
+  # An answer of ours is a message, too: one that calls nothing, or was cut off amid its thoughts.
+  if not message.get('tool_calls', True):
+    del message['tool_calls']
+  if message['role'] == 'assistant' and 'reasoning_content' in message:
+    message.setdefault('content', '')
   if 'content' not in message and 'tool_calls' not in message:
     raise Denied(f'{name}.content is missing', f'{name}.content')
   if message['role'] == 'developer':  # OpenAI's newer name of it, which no template has

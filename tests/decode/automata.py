@@ -9,14 +9,17 @@ import pytest
 from decode import automaton
 
 
-def all_plain(regexes):
+def all_plain(regexes, *limits):
   """What decode.schema asks, where it does not matter."""
   return [True] * len(regexes)
+
+
+def _here(name, regexes, wanted, *more):
+  return [getattr(automaton, name)(each, *more) for each in regexes]
 
 
 @contextlib.contextmanager
 def made_here():
   with pytest.MonkeyPatch.context() as patch:
-    here = lambda name, regexes: [getattr(automaton, name)(each) for each in regexes]  # noqa: E731
-    patch.setattr(automaton, '_made_elsewhere', here)
+    patch.setattr(automaton, '_made_elsewhere', _here)
     yield

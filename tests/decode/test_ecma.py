@@ -3,7 +3,7 @@
 import pytest
 
 from data import tokenizers
-from decode import constrain, schema as schemas
+from decode import automaton, constrain, schema as schemas
 from decode.constrain import Constraint
 from tests.decode.automata import all_plain, made_here
 
@@ -51,7 +51,7 @@ def accepts(constraint, text):
 
 @pytest.mark.parametrize('pattern, valid, invalid', CASES, ids=lambda x: str(x)[:20])
 def test_patterns_mean_what_ecma_says(pattern, valid, invalid, monkeypatch):
-  monkeypatch.setattr(constrain, '_plain', all_plain)  # \n stands for itself here
+  monkeypatch.setattr(automaton, 'plain', all_plain)  # \n stands for itself here
   constraint = Constraint(BYTES, schema={'type': 'string', 'pattern': f'^{pattern}$'})
   for text in valid:
     assert accepts(constraint, f'"{text}"'), text

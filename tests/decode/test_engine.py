@@ -485,8 +485,8 @@ def test_requests_join_when_as_many_as_are_read_together_can(monkeypatch):
 
 def test_constraints_come_and_go():
   tokenizer = ByteTokenizer()
-  each = [constrain.Constraint(tokenizer, regex=f'[{x}]{{2,8}}') for x in 'abc']
-  tables = constrain.Tables(V, 28, 8)
+  each = [constrain.Constraint(tokenizer, regex=f'[{x}]{{2,8}}') for x in 'abcd']
+  tables = constrain.Tables(V, 28, 12)
   assert tables.add(None) == constrain.FREE and (tables.automaton.next[0, 0] == 0).all()
   first, second = tables.add(each[0]), tables.add(each[1])
   assert tables.add(each[0]) == first != second
@@ -495,7 +495,11 @@ def test_constraints_come_and_go():
   tables.remove(each[0])
   kept = tables.automaton
   tables.remove(each[0])
-  assert tables.add(each[2]) == first and kept.next is not tables.automaton.next
+  # Who asks the same finds it, and nobody waits for new tables; until others need its room.
+  assert tables.add(each[0]) == first and tables.automaton is kept
+  tables.remove(each[0])
+  assert tables.add(each[2]) not in (first, second)
+  assert tables.add(each[3]) == first and kept.next is not tables.automaton.next
   alone, (begin,) = constrain.Automaton.of([each[1]], V)
   np.testing.assert_array_equal(
     tables.automaton.next[second][tables.automaton.classes] >= 0,
@@ -503,6 +507,23 @@ def test_constraints_come_and_go():
   )
   with pytest.raises(ValueError, match='classes of tokens apart together, of at most 1'):
     constrain.Tables(V, 28, 1).add(each[0])
+
+
+def test_constraints_that_no_row_has_are_few(monkeypatch):
+  """For each makes the next one's coming longer."""
+  monkeypatch.setattr(constrain, 'IDLE', 2)
+  tables = constrain.Tables(V, 1000, 64)
+  each = [constrain.Constraint(ByteTokenizer(), regex=x) for x in 'abcd']
+  for one in each:
+    tables.add(one)
+  for one in each:
+    tables.remove(one)
+  kept = tables.automaton
+  tables.add(each[2])
+  tables.add(each[3])
+  assert tables.automaton is kept
+  tables.add(each[0])
+  assert tables.automaton is not kept
 
 
 def test_a_released_row_gives_the_room_of_its_constraint_back():

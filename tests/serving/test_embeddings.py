@@ -133,6 +133,10 @@ def test_forms_of_answers():
     coded = client.post('/v1/embeddings', json={'input': [3, 4], 'encoding_format': 'base64'})
     content = base64.b64decode(coded.json()['data'][0]['embedding'])
     assert np.frombuffer(content, '<f4') == pytest.approx([0.6, 0.8, 0, 0])
+    before = served.stats().jobs['embedding'].done
+    refused = client.post('/v1/embeddings', json={'input': [[3, 4]], 'dimensions': 5})
+    assert refused.status_code == 400 and 'the model has 4' in refused.json()['error']['message']
+    assert served.stats().jobs['embedding'].done == before == 2  # it is said before any is read
   with TestClient(app(FakeService(ByteTokenizer()), Served(name='m'), hosts=['*'])) as client:
     refused = client.post('/v1/embeddings', json={'input': 'a'})
     assert refused.status_code == 404 and '--pooling=last' in refused.json()['error']['message']

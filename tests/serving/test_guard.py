@@ -11,8 +11,9 @@ from starlette.testclient import TestClient
 
 from serving import http
 from serving.fields import MOST_DEEP, Denied, parsed
-from serving.guard import ApiKeys, refusal
-from serving.http import app
+from serving.guard import PROBES, ApiKeys, ServerGuard, refusal
+from serving.http import app, most_requests
+from serving.listening import config
 from serving.wire import Served
 from tests.serving.test_http import CHAT, KEY, service
 
@@ -125,3 +126,48 @@ def test_who_is_not_served_now_hears_when_to_come_again():
   """Whatever it is that ends: a call, an embedding, a score."""
   assert refusal(Denied('the server ends', status=503, code='device'), '/v1').headers['retry-after']
   assert 'retry-after' not in refusal(Denied('no', status=500), '/v1').headers
+
+
+def test_requests_at_a_time_are_bounded_and_probes_are_none_of_them():
+  """Else a cluster would take a busy server for a dead one."""
+
+  async def run():
+    go = asyncio.Event()
+
+    async def inner(scope, receive, send):
+      if scope['path'] not in PROBES:
+        await go.wait()
+      await send({'type': 'http.response.start', 'status': 200, 'headers': []})
+      await send({'type': 'http.response.body', 'body': b''})
+
+    guard = ServerGuard(inner, hosts=['*'], requests=2)
+
+    async def ask(path):
+      sent = []
+
+      async def send(message):
+        sent.append(message)
+
+      scope = {'type': 'http', 'method': 'GET', 'path': path, 'headers': []}
+      await guard(scope, None, send)
+      return sent[0]['status'], b''.join(each.get('body', b'') for each in sent)
+
+    first = [asyncio.create_task(ask('/v1/models')) for _ in range(2)]
+    await asyncio.sleep(0)
+    status, body = await ask('/v1/models')
+    assert status == 503 and b'2 requests are being answered, of at most 2' in body
+    assert [(await ask(path))[0] for path in sorted(PROBES)] == [200] * 4
+    go.set()
+    assert [(await each)[0] for each in first] == [200, 200]
+    assert (await ask('/v1/models'))[0] == 200
+
+  asyncio.run(run())
+
+
+@pytest.mark.parametrize('waiting', [1, 4000])
+def test_as_many_may_be_connected_as_may_wait(waiting):
+  """Whatever --waiting is, its 429 is met first."""
+  served = service(waiting=waiting)
+  assert waiting + served.stats().rows < most_requests(served)
+  made = app(served, Served(name='m'), hosts=['*'])
+  assert most_requests(served) < config(made, served).limit_concurrency

@@ -16,6 +16,7 @@ from serving.call import Limits
 from serving.fake import SIZES, FakeService
 from serving.guard import ApiKeys
 from serving.http import app
+from serving.metrics import TABLE
 from serving.wire import Served
 
 TEXT = 'one “two” <script>\u2028 é 🙂 end'
@@ -459,8 +460,6 @@ def test_prompts_are_in_no_log(client, caplog):
 def test_metrics_are_those_of_the_table(client):
   from prometheus_client.parser import text_string_to_metric_families
 
-  from serving.metrics import TABLE
-
   client.post('/v1/completions', json=COMPLETION)
   found = {f.name: f for f in text_string_to_metric_families(client.get('/metrics').text)}
   names = {name for name in found if not name.endswith('_created')}
@@ -473,3 +472,44 @@ def test_metrics_are_those_of_the_table(client):
   stats = {k: n for k, n in client.served.stats().finished.items() if k != FAILED}
   said = {s.labels['finished_reason']: s.value for s in found['tandem_request_success'].samples}
   assert said == stats
+
+
+def test_a_first_token_that_took_long_is_in_a_bucket():
+  """One behind a queue of minutes, too; of gaps between tokens the short ones are told apart."""
+  buckets = {name: ends for name, (_, _, _, *each) in TABLE.items() for ends in each}
+  first = buckets['tandem_time_to_first_token_seconds']
+  assert first[0] <= 0.001 and first[-1] >= 600 and list(first) == sorted(set(first))
+  assert {name for name, (kind, *_) in TABLE.items() if kind == 'histogram'} == set(buckets)
+
+
+SAID = {'role': 'assistant', 'content': None, 'refusal': None}
+
+
+@pytest.mark.parametrize(
+  'said, read',
+  [
+    (SAID | {'reasoning_content': 'so', 'annotations': None, 'audio': None}, 'assistant:;'),
+    (SAID | {'content': 'a', 'tool_calls': [], 'function_call': None}, 'assistant:a;'),
+  ],
+)
+def test_an_answer_is_history(client, said, read):
+  """As OpenAI's client writes it down again, with what it had none of."""
+  messages = [*CHAT['messages'], said, *CHAT['messages']]
+  response = client.post('/tokenize', json={'messages': messages})
+  assert response.status_code == 200, response.text
+  assert TOKENIZER.decode(response.json()['tokens']) == f'user:hello;{read}user:hello;'
+
+
+def test_what_a_user_leaves_out_is_missing(client):
+  for said in ({'role': 'user', 'reasoning_content': 'so'}, SAID, SAID | {'tool_calls': []}):
+    refused = client.post('/tokenize', json={'messages': [said]})
+    assert refused.status_code == 400 and 'content is missing' in refused.text
+
+
+def test_a_stop_that_names_a_control_token_is_one(client):
+  """Which no text has in it."""
+  served = service(lambda request: [*TOKENIZER.encode('ab'), 1, *TOKENIZER.encode('c<s>d')])
+  with served.by_itself(), TestClient(app(served, Served(name='m'), hosts=['*'])) as one:
+    for stops, text in ((['<s>'], 'ab'), ([], 'abc<s>d'), (['c<s>'], 'ab')):
+      said = one.post('/v1/completions', json=COMPLETION | {'stop': stops}).json()['choices'][0]
+      assert said['text'] == text and said['finish_reason'] == 'stop'

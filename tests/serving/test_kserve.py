@@ -85,3 +85,13 @@ def test_other_models_paths_and_people(client, tmp_path):
   with TestClient(locked) as other:
     assert infer(other).status_code == other.get('/v2').status_code == 401
     assert other.get('/v2/health/live').status_code == 200
+
+
+def test_a_name_may_have_slashes():
+  served = service()
+  made = app(served, Served(name='org/m'), hosts=['*'])
+  with served.by_itself(), TestClient(made) as one:
+    assert one.get('/v2/models/org/m').json()['name'] == 'org/m'
+    assert one.get('/v2/models/org/m/ready').json() == {'name': 'org/m', 'ready': True}
+    assert infer(one, 'org/m').json()['model_name'] == 'org/m'
+    assert one.get('/v2/models/org').status_code == 404

@@ -3,8 +3,10 @@ comes keep none?
 """
 
 import contextlib
+import re
 import socket
 import threading
+import time
 
 import pytest
 import uvicorn
@@ -19,10 +21,10 @@ HEAD = b'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: appli
 
 
 @contextlib.contextmanager
-def served():
+def served(one=None):
   """Where a server listens."""
-  one, opened = service(), bound('127.0.0.1', 0)
-  server = uvicorn.Server(config(app(one, Served(name='m'), hosts=['127.0.0.1'])))
+  one, opened = one or service(), bound('127.0.0.1', 0)
+  server = uvicorn.Server(config(app(one, Served(name='m'), hosts=['127.0.0.1']), one))
   thread = threading.Thread(target=server.run, kwargs={'sockets': [opened]}, daemon=True)
   with one.by_itself():
     opened.listen()
@@ -69,3 +71,51 @@ def test_a_head_that_does_not_come_ends_its_connection(monkeypatch, sent):
   monkeypatch.setattr(listening, 'HEADERS', 0.2)
   with served() as address:
     assert answered(address, sent) == b''
+
+
+@pytest.mark.parametrize('behind', [1, listening.BEHIND + 1])
+def test_who_has_gone_is_not_written_for_whatever_came_behind_his_request(behind):
+  """And who sends without end has gone, too."""
+  begun, go = threading.Event(), threading.Event()
+
+  def write(request):
+    begun.set()
+    go.wait(60)
+    while True:
+      yield 100
+
+  one = service(write)
+  body = b'{"prompt": "a", "max_tokens": 200}'
+  with served(one) as address, socket.create_connection(address) as connection:
+    connection.settimeout(30)
+    connection.sendall(HEAD + b'Content-Length: %d\r\n\r\n' % len(body) + body)
+    assert begun.wait(60)
+    connection.sendall(b'G' * behind)
+    if behind == 1:
+      connection.close()
+    until = time.monotonic() + 60
+    while not one._scheduler._cancelled and time.monotonic() < until:
+      time.sleep(0.001)
+    go.set()
+    while not one.idle:
+      time.sleep(0.001)
+  assert one.stats().finished == {'cancelled': 1}
+
+
+@pytest.mark.parametrize(
+  'limits, count, asked, says',
+  [
+    ((1024, 4096), 900, None, ''),
+    ((1024, 4096), 2000, (2000, 4096), ''),
+    ((1024, -1), 2000, (2000, -1), ''),
+    ((1024, 1500), 2000, (1500, 1500), 'may open 1500 files, and .* need 2000: raise ulimit'),
+    ((-1, -1), 2000, None, ''),
+  ],
+)
+def test_connections_have_files_or_a_person_is_told(monkeypatch, limits, count, asked, says):
+  given, said = [], []
+  monkeypatch.setattr(listening.resource, 'getrlimit', lambda kind: limits)
+  monkeypatch.setattr(listening.resource, 'setrlimit', lambda kind, both: given.append(both))
+  listening._allow_files(count, said.append)
+  assert given == [asked] * (asked is not None) and len(said) == bool(says)
+  assert re.search(says, ''.join(said))

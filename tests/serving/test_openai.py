@@ -34,7 +34,7 @@ def listening(keys, write=None):
 
   served, opened = service(write), bound('127.0.0.1', 0)
   made = app(served, Served(name='m'), hosts=['127.0.0.1'], keys=ApiKeys(keys))
-  server = uvicorn.Server(config(made))
+  server = uvicorn.Server(config(made, served))
   thread = threading.Thread(target=server.run, kwargs={'sockets': [opened]}, daemon=True)
   with served.by_itself():
     opened.listen()

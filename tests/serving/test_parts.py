@@ -238,3 +238,15 @@ def test_what_is_strict_has_to_be_asked_for():
   assert refused.value.param == 'tools[1].function.strict'
   assert Tools.of({'tools': tools, 'tool_choice': 'required'}, MARKED).forced == ('f', 'g')
   assert Tools.of({'tools': tools, 'tool_choice': 'none'}, MARKED) is None
+
+
+def test_tools_go_with_a_format_that_asks_for_nothing():
+  tools = Tools.of({'tools': TOOLS}, MARKED)
+  assert tools.keeps({'response_format': {'type': 'text'}}) == tools.keeps({}) == {}
+  for name, asked in (
+    ('response_format', {'type': 'json_object'}),
+    ('response_format', {'type': 'text', 'json_schema': {'name': 'a', 'schema': {}}}),
+    ('regex', 'a'),
+  ):
+    with pytest.raises(Denied, match=f'{name} with tools'):
+      tools.keeps({name: asked})

@@ -7,6 +7,8 @@ import concurrent.futures
 import dataclasses
 import gc
 import itertools
+import queue
+import threading
 import weakref
 
 import hypothesis
@@ -16,6 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from data.tokenizers import ByteTokenizer
+from decode import automaton
+from decode.constrain import Constraint
 from decode.options import Options
 from serving import call as calls, constraints
 from serving.call import Call, Limits, NotReady, QueueFull
@@ -121,6 +125,25 @@ def test_the_queue_is_bounded_and_says_so():
   assert served.stats().refused == 1 and served.stats().waiting == 3
   served.run()
   assert served.stats().finished == {'stop': 4}
+
+
+def test_no_key_takes_all_places():
+  """Half of what others leave, so that there are some for whoever comes; without keys, all."""
+  served = service(rows=1, waiting=8)
+  served.submit(call(key='a', options=dict(num_samples=3)))
+  served.submit(call(key='a'))
+  with pytest.raises(QueueFull, match=r'4 samples wait, of at most 8 \(4 of this API key, .* half'):
+    served.submit(call(key='a'))
+  served.submit(call(key='b', options=dict(num_samples=2)))
+  with pytest.raises(QueueFull, match=r'\(2 of this'):
+    served.submit(call(key='b'))
+  served.submit(call(key='c'))
+  served.run()
+  served.submit(call(key='a', options=dict(num_samples=8)))
+  served.run()
+  assert served.stats().waiting == 0 and served.stats().refused == 2
+  for _ in range(8):
+    served.submit(call())
 
 
 @pytest.mark.parametrize('steps', range(12))
@@ -333,7 +356,9 @@ class Anything(RuleBasedStateMachine):
     try:
       self.tickets.append(self.served.submit(asked))
     except QueueFull:
-      assert self.served.stats().waiting + n > 8
+      waiting = self.served._scheduler._waiting
+      left = 8 - waiting.total() + waiting[key]  # by others
+      assert waiting[key] + n > (left // 2 if waiting[key] else left)
 
   @rule(times=st.integers(1, 4))
   def step(self, times):
@@ -401,6 +426,82 @@ Anything.TestCase.settings = hypothesis.settings(
 TestAnything = Anything.TestCase
 
 
+class Making:
+  """In the place of a Constraint: it goes on until it is let go, or nobody wants it."""
+
+  def __init__(self, monkeypatch, nbytes=64):
+    self.go, self.begun, self.asked, self.nbytes = threading.Event(), queue.Queue(), [], nbytes
+    monkeypatch.setattr(constraints, 'Constraint', self.made)
+    monkeypatch.setattr(constraints, 'THREADS', 1)
+
+  def made(self, tokenizer, *, regex, room, wanted):
+    self.asked.append(regex)
+    self.begun.put(regex)
+    while not self.go.wait(0.001):
+      if not wanted():
+        raise automaton.Unwanted
+    table = np.zeros(self.nbytes, np.int8)
+    made = Constraint.__new__(Constraint)
+    made.regex, made.next, made.classes = regex, table, table[:0]
+    return made
+
+
+def test_what_nobody_waits_for_is_not_made(monkeypatch):
+  making = Making(monkeypatch)
+  served = service()
+  tickets = [served.submit(call(regex=regex)) for regex in ('a', 'b', 'b')]
+  futures = [each.made for each in served._constraints._kept.values()]
+  assert making.begun.get(timeout=60) == 'a'
+  tickets[1].cancel()
+  served.step()
+  assert not any(future.done() for future in futures)  # the third waits for it still
+  tickets[2].cancel()
+  tickets[0].cancel()
+  served.step()
+  assert futures[1].cancelled() and isinstance(futures[0].exception(60), automaton.Unwanted)
+  again = served.submit(call(regex='b'))
+  assert making.begun.get(timeout=60) == 'b' and making.asked == ['a', 'b']
+  making.go.set()
+  concurrent.futures.wait([each.made for each in served._constraints._kept.values()], 60)
+  served.run()
+  assert again.done and served.stats().finished == {'cancelled': 3, 'stop': 1}
+
+
+def test_a_server_that_ends_makes_nothing_more(monkeypatch):
+  making = Making(monkeypatch)
+  served = service()
+  served.submit(call(regex='a'))
+  (begun,) = served._constraints._kept.values()
+  assert making.begun.get(timeout=60) == 'a'
+  served.close()
+  assert isinstance(begun.made.exception(60), automaton.Unwanted)
+
+
+def test_nothing_is_made_for_whom_there_is_no_place(monkeypatch):
+  making = Making(monkeypatch)
+  served = service(waiting=4, constraints=4)
+  with pytest.raises(QueueFull):
+    served.submit(call(regex='a', options=dict(num_samples=5)))
+  assert not served._constraints._kept and not making.asked
+  served.submit(call(regex='a', key='one'))
+  served.submit(call(regex='b', key='one'))
+  with pytest.raises(QueueFull, match='2 constraints are being made, of at most 4 .2 of this API'):
+    served._constraints.made(call(regex='c', key='one'))
+  served.submit(call(regex='c', key='other'))
+  served.close()
+
+
+def test_tables_that_are_kept_are_bounded(monkeypatch):
+  making = Making(monkeypatch, nbytes=60)
+  making.go.set()
+  served = service(kept_bytes=100)
+  for regex in 'abcb':
+    served._constraints.made(call(regex=regex)).result(60)
+  assert making.asked == ['a', 'b', 'c']
+  served._constraints.made(call(regex='a')).result(60)
+  assert making.asked == ['a', 'b', 'c', 'a'] and len(served._constraints._kept) == 2
+
+
 @pytest.mark.slow
 def test_a_refused_constraint_is_kept_without_its_tables(monkeypatch):
   tables = []
@@ -409,13 +510,16 @@ def test_a_refused_constraint_is_kept_without_its_tables(monkeypatch):
     def __init__(self, tokenizer, **given):
       self.next = np.zeros((SIZES.states, 2), np.int8)
       tables.append(weakref.ref(self))
+      raise ValueError('takes 4096 states and tells 2 classes of tokens apart')
 
   monkeypatch.setattr(constraints, 'Constraint', Large)
   served = service()
   made = served._constraints.made(call(regex='a'))
   with pytest.raises(ValueError, match='states and tells 2 classes'):
     made.result(5)
-  assert served._constraints.made(call(regex='a')) is made and len(tables) == 1
+  with pytest.raises(ValueError, match='states and tells 2 classes'):
+    served._constraints.made(call(regex='a')).result(0)
+  assert len(tables) == 1
   gc.collect()
   assert tables[0]() is None
 
