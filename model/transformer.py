@@ -345,8 +345,8 @@ class Decoder(nnx.Module):
     """
     config, (B, T) = self.config, tokens.shape
     longest = laid.trunk + (T - laid.trunk) // laid.branches
-    if begin is not None and segments is not None:
-      raise ValueError('a cache holds one document a row: segments and cache exclude each other')
+    if begin is not None and (segments is not None or laid.branches > 1):
+      raise ValueError('a cache has a text a row: segments, branches and cache exclude each other')
     if 0 < config.max_length < longest:
       limit = f'model.max_length={config.max_length}'
       raise ValueError(f'{longest} tokens in a row pass {limit}; give fewer, or raise it')

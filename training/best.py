@@ -16,8 +16,7 @@ def check(config: Config, prepared, put, target: TrainState) -> None:
 
   put: as of training.evaluation.make_evaluate. target: the state, abstract. On the mesh in context.
   """
-  name = config.train.best.split(maxsplit=1)[1]
-  if '/' in name and not name.startswith('validation_'):  # of a task (workdir/tasks.py)
+  if config.train.best_of_task:  # workdir/tasks.py checks it
     return
   objective = config.objective
 
@@ -30,4 +29,4 @@ def check(config: Config, prepared, put, target: TrainState) -> None:
   held_out = objective.validation_batches(prepared, config.data, put.rows)
   sources = held_out.parts() if hasattr(held_out, 'parts') else {}
   said = verdict_of(objective, prepared, dict.fromkeys(sources or [''], ones))
-  names.check('train.best: the metric', name, said)
+  names.check('train.best: the metric', config.train.best.split(maxsplit=1)[1], said)

@@ -138,12 +138,16 @@ class TrainConfig:
         f'train.sample_every={self.sample_every} without train.sample_prompts; an empty one is the '
         'beginning of a text'
       )
-    of_task = '/' in self.best and ' validation_' not in self.best
-    if self.patience and not (self.eval_every or of_task):
+    if self.patience and not (self.eval_every or self.best_of_task):
       raise ValueError(
         f'train.patience={self.patience} counts evaluations, train.eval_every=0 makes none; set '
         'train.eval_every'
       )
+
+  @property
+  def best_of_task(self) -> bool:
+    """Whether `best` is what a task says, 'highest boolq-0/accuracy', and not the objective."""
+    return '/' in self.best and ' validation_' not in self.best
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,7 +214,7 @@ class Config:
       names.imported('training.drawing.check')(self)
     if self.adapter.kind:
       names.imported('training.together.check_adapter')(self)
-    if '/' in self.train.best and not self.evaluation.tasks:
+    if self.train.best_of_task and not self.evaluation.tasks:
       names.imported('training.together.check_best')(self)
     if self.train.offload_parameters:
       names.imported('training.together.check_offloaded')(self)

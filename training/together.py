@@ -28,12 +28,11 @@ def check_adapter(config: Config) -> None:
 
 
 def check_best(config: Config) -> None:
-  """Raises ValueError where train.best is of a task and none is asked."""
-  if ' validation_' not in config.train.best:
-    raise ValueError(
-      f'train.best={config.train.best!r} is of a task, and evaluation.tasks names none; name it '
-      'there, or take a number of the validation'
-    )
+  """Raises ValueError: train.best is of a task, and none is asked."""
+  raise ValueError(
+    f'train.best={config.train.best!r} is of a task, and evaluation.tasks names none; name it '
+    'there, or take a number of the validation'
+  )
 
 
 def refuse_codes(config: Config) -> None:

@@ -9,6 +9,7 @@ import laws
 import numpy as np
 import pytest
 
+from kernels.mask import Mask
 from model import params, router, transformer
 from model.config import MoEConfig
 from model.execution import ExecutionConfig
@@ -248,7 +249,9 @@ def test_bad_calls_raise(one_device):
     transformer.init(laws.make_config('gpt2', max_length=0), 0)
   config = laws.make_config()
   model, tokens = laws.make_model(config), laws.tokens_of(config, 1, 4)
-  with pytest.raises(ValueError, match='segments and cache exclude each other'):
+  with pytest.raises(ValueError, match='segments, branches and cache exclude each other'):
     model(tokens, segments=tokens, cache=laws.init_cache(config, 1, 8))
+  with pytest.raises(ValueError, match='segments, branches and cache exclude each other'):
+    model(tokens, laid=Mask(branches=2), cache=laws.init_cache(config, 1, 8))
   with pytest.raises(ValueError, match='cache of 25 tokens passes model.max_length=24'):
     laws.init_cache(config, 1, 25)
