@@ -178,7 +178,7 @@ class Objective:
     """
     raise NotImplementedError
 
-  def row_tokens(self, config: DataConfig) -> float:
+  def row_tokens(self, config: DataConfig) -> int | float:
     """Of a row without padding, as `tokens` counts them."""
     return config.sequence_length
 
