@@ -92,7 +92,7 @@ def choose(x, w: CodedOperand) -> str:
   """
   platform, rows = mesh.platform(), x.shape[0]
   if platform == 'tpu':
-    refusal = names.imported('kernels.quantised_matmul_tpu.refusal')(w, x.dtype)
+    refusal = names.imported('kernels.quantised_matmul_tpu.refusal')(w, rows, x.dtype)
     return _said('numbers' if refusal else 'pallas_tpu', platform, refusal)
   if platform != 'cpu':
     return _said('numbers', platform, 'there is no kernel')
@@ -122,8 +122,9 @@ def _product(x, w, backend):
 
 def _backward(backend, residuals, cotangent):
   x, w = residuals
-  numbers = w.numbers(jnp.float32)[0]
-  gradient = jnp.einsum('MF,KF->MK', cotangent, numbers).astype(x.dtype)
+  # In the rows' type, as the product of a matrix that is no codes is differentiated.
+  numbers = w.numbers(x.dtype)[0]
+  gradient = jnp.einsum('MF,KF->MK', cotangent.astype(x.dtype), numbers)
   return gradient, jax.tree.map(_no_gradient, w)
 
 

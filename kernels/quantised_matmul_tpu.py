@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-ROWS = 256  # of a block at most
+ROWS = 256  # of a block at most, for which there is room in VMEM beside what is read
 LANES, WORD_ROWS = 128, 32  # of a register of bytes
 CODES = 1 << 20  # bytes of a step's
 # Of a word's four bytes the codes of 4 bits, two at a time, to the upper fraction of a bfloat16.
@@ -28,9 +28,15 @@ FRACTION, ONE = 0x00780078, 0x3FC03FC0  # the sign's bit is turned, so that code
 STEPS, OFFSET = 16, 24  # code = STEPS * number - OFFSET
 
 
-def refusal(w, dtype) -> str:
-  """Why the kernel does not multiply rows of `dtype` with these matrices; '' where it does."""
+def refusal(w, rows: int, dtype) -> str:
+  """Why the kernel does not multiply so many rows of `dtype` with these matrices; '' where it does.
+
+  Of more rows than a block's the products take longer than reading numbers does: there is nothing
+  to gain, and every block would make them anew.
+  """
   _, K, F = w.shape
+  if rows > ROWS:
+    return f'more rows than {ROWS}'
   if jnp.dtype(dtype) in (jnp.float32, jnp.float16):
     return f'rows in {jnp.dtype(dtype)}'
   if F % LANES or K % LANES:
@@ -162,11 +168,14 @@ def product(x, w, which, used=None, *, interpret=False):
 
 def _sizes(w) -> tuple[int, int]:
   """Inputs and outputs of a step: whole groups, eight or all of them as scales want it, about CODES
-  bytes.
+  bytes; as many outputs as that leaves room for.
   """
   _, K, F = w.shape
-  outputs = next(n for n in (1024, 512, 256, LANES) if F % n == 0)
-  most = CODES * (2 if w.pack else 1) // outputs
   unit = math.lcm(8 * w.group, LANES)
-  fitting = [n for n in range(unit, K, unit) if K % n == 0 and n <= most]
-  return (fitting[-1] if fitting else K), outputs
+  inputs = [*(n for n in range(unit, K, unit) if K % n == 0), K]
+  for outputs in (n for n in (1024, 512, 256, LANES) if F % n == 0):
+    most = CODES * (2 if w.pack else 1) // outputs
+    fitting = [n for n in inputs if n <= most]
+    if fitting:
+      return fitting[-1], outputs
+  return inputs[0], LANES

@@ -103,9 +103,10 @@ def test_planted_faults_break_it(fault, monkeypatch):
 
 def test_what_it_cannot_is_said(capfd):
   w, _ = made(1, 256, 128, 32, 32)
-  assert 'groups of 32' in tpu.refusal(w, 'bfloat16')
-  assert 'float32' in tpu.refusal(made(1, 256, 128, 64, 64)[0], 'float32')
-  assert not tpu.refusal(made(1, 256, 128, 64, 64)[0], 'bfloat16')
+  assert 'groups of 32' in tpu.refusal(w, 8, 'bfloat16')
+  assert 'float32' in tpu.refusal(made(1, 256, 128, 64, 64)[0], 8, 'float32')
+  assert not tpu.refusal(made(1, 256, 128, 64, 64)[0], 256, 'bfloat16')
+  assert 'more rows than 256' in tpu.refusal(made(1, 256, 128, 64, 64)[0], 257, 'bfloat16')
   quantised_matmul._said.cache_clear()
   assert quantised_matmul._said('numbers', 'tpu', 'groups of 32') == 'numbers'
   assert "by 'numbers' on a tpu, with numbers made of them before" in capfd.readouterr().err
@@ -124,8 +125,25 @@ def test_what_it_cannot_is_said(capfd):
 )
 def test_it_compiles_and_makes_no_matrix(chip, scheme):
   """What layers call, for a TPU that is not here: the kernel, and no room for a matrix."""
+  compiled = compiled_for(chip, scheme, 8, 4096, 2048)
+  assert 'tpu_custom_call' in compiled.as_text()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 2048 // 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scheme', ['int4:group=128', 'int8:group=128'])
+def test_many_rows_compile(scheme):
+  """As many as a block has, of inputs that are not of eight groups each; of more rows numbers."""
+  compiled = compiled_for('v5e:1x1', scheme, tpu.ROWS, 11008, 4096)
+  assert 'tpu_custom_call' in compiled.as_text()
+  assert compiled.memory_analysis().temp_size_in_bytes < 11008 * 4096 // 8
+  more = compiled_for('v5e:1x1', scheme, 16 * tpu.ROWS, 11008, 4096)
+  assert 'tpu_custom_call' not in more.as_text()
+
+
+def compiled_for(chip: str, scheme: str, rows: int, K: int, F: int):
+  """A product of so many rows with a matrix in codes."""
   device = aot.topology(chip)[0]
-  K, F = 4096, 2048
 
   def make(x):
     return Scheme.parse(scheme).of(x, (-2,), (None, None))
@@ -140,7 +158,5 @@ def test_it_compiles_and_makes_no_matrix(chip, scheme):
 
   w = jax.tree.map(here, jax.eval_shape(make, jax.ShapeDtypeStruct((K, F), jnp.float32)))
   with jax.set_mesh(make_mesh(MeshConfig(), [device])):
-    x = here(jax.ShapeDtypeStruct((8, K), jnp.bfloat16))
-    compiled = jax.jit(run).lower(x, w).compile()
-  assert 'tpu_custom_call' in compiled.as_text()
-  assert compiled.memory_analysis().temp_size_in_bytes < K * F // 8
+    x = here(jax.ShapeDtypeStruct((rows, K), jnp.bfloat16))
+    return jax.jit(run).lower(x, w).compile()
