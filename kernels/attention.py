@@ -3,7 +3,8 @@ is dropped silently.
 
 `reference`: the jnp oracle, everything, [T, S] scores in memory.
 `blocked`: the oracle on blocks of queries, keys that no query of a block can see skipped and scores
-recomputed in the backward pass, so that memory and work follow the mask.
+recomputed in the backward pass, so that memory and work follow the mask; on a CPU a row and a key
+head at a time (kernels/near.py).
 `xla`: jax.nn.dot_product_attention; on a GPU it is cuDNN's kernel for a mask of `causal` and
 `window` in bfloat16 or float16 (kernels.cudnn has the whole rule), and else dense scores as XLA
 compiles them.
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import names
-from kernels import blocks as block_sizes, flash, reference
+from kernels import blocks as block_sizes, flash, near, reference
 from kernels.blocks import Blocks
 from kernels.scoring import Scoring
 from parallel import axes as ax, mesh
@@ -160,7 +161,10 @@ def attention(
   if backend in flash.KERNELS:  # what these keep for the backward pass has its name already
     return flash.attention(backend, q, k, v, scoring, blocks=blocks)
   run = {'reference': reference.attention, 'blocked': blocked, 'xla': xla}[backend]
-  out, lse = run(q, k, v, scoring)
+  if backend == 'blocked' and near.wanted(q, k, scoring, BLOCK):
+    out, lse = near.attention(q, k, v, scoring, blocked)
+  else:
+    out, lse = run(q, k, v, scoring)
   return named(out, 'attention'), lse
 
 
