@@ -185,7 +185,7 @@ def scores(
     for name, metric in summary.metrics.items():
       lower = ' ↓' if metric['lower_is_better'] else ''
       row = [summary.task, summary.shots, name + lower, shown(metric), metric['n']]
-      chance = f'{summary.chance:.3g}' if summary.chance and 'accuracy' in name else ''
+      chance = f'{summary.chance_of(name):.3g}' if summary.chance_of(name) else ''
       rows.append([*row, chance, of, asked, place.name, f'`{summary.prompts[:12]}`'])
   headers = ['task', 'shots', 'metric (↓ lower is better)', '95% interval', 'n', 'chance']
   parts = [page.table([*headers, 'step', 'asked with', 'in', 'prompts'], rows)] if rows else []

@@ -87,7 +87,7 @@ def compared(before: Mapping[str, Summary], place: str, after: str, seed: int = 
       if measure is None:
         continue
       sides = [[line['stats'] and line['stats'][metric] for line in of] for of in lines]
-      chance = before[name].chance if metric == next(iter(before[name].metrics)) else 0.0
+      chance = before[name].chance_of(metric)
       changes.append(change(name, measure, *sides, chance, seed, directed))
   if not changes:
     raise ValueError(
@@ -153,7 +153,7 @@ permutation test); Holm: corrected for as many tests as there are. What is no nu
 as a perplexity beyond all numbers, is not compared, and is no test. Retention is after / before,
 and before / after where lower is better; above chance, both less the score of guessing. Tasks at
 which the model was at chance before, or of which neither way is better (a share of stereotypes, of
-refusals), count nowhere. Not shown above {LINE:.0%}: the interval ends below it."""
+refusals), count nowhere. Not shown above {LINE:.0%}: the interval begins below it."""
 HEADERS = (
   'task',
   'metric (↓ lower is better)',
@@ -267,19 +267,27 @@ def what_was_kept(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[
 
 
 def _trade_off(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[str]) -> None:
-  """What the target gained, in per cent of before, against the mean of what was kept."""
-  for after, of in changes.items():
-    tuned, others = _split(of, target)
-    tuned = [each for each in tuned if each.is_compared]
-    kept = mean_retention(others)
-    gains = [(c.before - c.after if c.lower_is_better else c.after - c.before) for c in tuned]
-    relative = [100 * g / abs(c.before) for g, c in zip(gains, tuned) if c.before]
-    if kept is None or not relative:
-      print(f'NOTE: {after} has no point: nothing to divide by', file=sys.stderr)
+  """What the target gained, in per cent of before, against the mean of what was kept; where some
+  of it was 0 before, as answers to a task that it did not know, the gain itself.
+  """
+  compared = {
+    after: [each for each in _split(of, target)[0] if each.is_compared]
+    for after, of in changes.items()
+  }
+  relative = all(each.before for tuned in compared.values() for each in tuned)
+  for after, tuned in compared.items():
+    kept = mean_retention(_split(changes[after], target)[1])
+    if kept is None or not tuned:
+      why = 'no retention is known of the others' if tuned else 'no target is compared'
+      print(f'NOTE: {after} has no point: {why}', file=sys.stderr)
       continue
-    ax.plot([100 * kept], [sum(relative) / len(relative)], 'o', label=after)
+    gains = [(c.before - c.after if c.lower_is_better else c.after - c.before) for c in tuned]
+    if relative:
+      gains = [100 * gain / abs(each.before) for gain, each in zip(gains, tuned)]
+    ax.plot([100 * kept], [sum(gains) / len(gains)], 'o', label=after)
   ax.axvline(100 * LINE, color='C3', linewidth=1, linestyle='--')
   ax.axhline(0, color='0.6', linewidth=1)
-  ax.set(xlabel='mean retention of the others, %', ylabel=f'gain on {", ".join(target)}, %')
+  unit = ', %' if relative else ''
+  ax.set(xlabel='mean retention of the others, %', ylabel=f'gain on {", ".join(target)}{unit}')
   if ax.get_legend_handles_labels()[0]:
     ax.legend(fontsize=7)

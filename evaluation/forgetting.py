@@ -146,7 +146,10 @@ def _left(first, second, measure: Measure, chance: float, seed: int) -> Estimate
   """Retention. Of an unchanged model it is 1, whatever is drawn."""
   if measure.lower_is_better:
     first, second = second, first
-  left = paired.ratio(first, second, measure.value, chance, seed)
+  # At chance is who is so by the interval that reports show. That of a share, Wilson's, never
+  # reaches 0 where some are right, and resamples do, in which there is nothing to divide by.
+  before = measure.estimate(first, seed) if chance else None
+  left = paired.ratio(first, second, measure.value, chance, seed, before=before)
   if left is not None and np.array_equal(first, second):
     return dataclasses.replace(left, value=1.0, low=1.0, high=1.0)
   return left

@@ -14,7 +14,7 @@ import numpy as np
 from evaluation.intervals import Estimate, summed, wilson
 from evaluation.metrics import BINS, f1_of_counts
 from evaluation.task import Classification, MultipleChoice, Perplexity, Task
-from evaluation.text_metrics import METRICS, Metric, made
+from evaluation.text_metrics import METRICS, Metric, PassAt, made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def measures(task: Task) -> list[Measure]:
     return [_share('accuracy'), OTHERS['macro F1'], OTHERS['calibration error']]
   if isinstance(kind, Perplexity):
     return [OTHERS[name] for name in FORETOLD]
-  return [_of_texts(metric) for metric in task.measured]
+  return [_of_texts(metric, task.values()) for metric in task.measured]
 
 
 def named(name: str, settings: Mapping[str, Any]) -> Measure:
@@ -68,7 +68,7 @@ def named(name: str, settings: Mapping[str, Any]) -> Measure:
   known = [made(metric) for metric in settings['metrics'] if metric in METRICS]
   for metric in known:
     if metric.name == name:
-      return _of_texts(metric)
+      return _of_texts(metric, settings)
   raise ValueError(
     f'{name!r} is a metric of a task of its own, and how it adds up is not known here'
   )
@@ -83,9 +83,13 @@ def known(name: str, settings: Mapping[str, Any], of: str) -> Measure | None:
     return None
 
 
-def _of_texts(metric: Metric) -> Measure:
+def _of_texts(metric: Metric, settings: Mapping[str, Any]) -> Measure:
+  kind = settings.get('kind', {})
+  judged = kind.get('passed') or kind.get('program')
+  # Of one program for each problem, which passes or does not.
+  rate = isinstance(metric, PassAt) and bool(judged) and kind['samples'] == 1
   return Measure(
-    metric.name, metric.value, metric.lower_is_better, metric.rate, lambda: metric.signature
+    metric.name, metric.value, metric.lower_is_better, metric.rate or rate, lambda: metric.signature
   )
 
 
@@ -147,6 +151,22 @@ def classified(probabilities: np.ndarray, truth: int) -> dict[str, list[float]]:
     'macro F1': [*hits.tolist(), *both.tolist()],
     'calibration error': [*gaps.tolist(), 1.0],
   }
+
+
+def chance_at(
+  name: str, metrics: Sequence[str], chance: float, settings: Mapping[str, Any]
+) -> float:
+  """The score of who knows nothing, by one of the metrics of a task with these settings
+  (Task.values), of the first of which it is `chance`; 0 where it is not known.
+  """
+  if name == metrics[0]:
+    return chance
+  kind = settings.get('kind', {}).get('name')
+  if kind in (MultipleChoice.__name__, Classification.__name__) and name.startswith('accuracy'):
+    return chance
+  # Who guesses among L labels has 1 / L, and less where some of them are rarer than others.
+  guessed = kind == Classification.__name__ and settings.get('chance') is None
+  return chance if guessed and name == 'macro F1' else 0.0
 
 
 def chance_of(task: Task, choices: Sequence[int]) -> float:

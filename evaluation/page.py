@@ -74,7 +74,7 @@ def _scores(summaries: Iterable[Summary]) -> str:
     first = True
     for name, metric in summary.metrics.items():
       task = [summary.task, summary.shots] if first else ['', '']
-      chance = f'{summary.chance:.3g}' if first and summary.chance else ''
+      chance = f'{summary.chance_of(name):.3g}' if summary.chance_of(name) else ''
       lower = ' ↓' if metric['lower_is_better'] else ''
       rows.append([*task, name + lower, shown(metric), metric['n'], chance])
       first = False

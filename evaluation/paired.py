@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from evaluation.intervals import RESAMPLES, Estimate, percentiles, resampled_sums
+from evaluation.intervals import RESAMPLES, Estimate, percentiles, resampled_sums, summed
 
 SWAPS = 10_000  # that a permutation test draws
 ENUMERATED = 12  # documents, of which it goes through all 2^n ways to swap them
@@ -39,12 +39,13 @@ def ratio(
   chance: float = 0.0,
   seed: int = 0,
   resamples: int = RESAMPLES,
+  before: Estimate | None = None,
 ) -> Estimate | None:
   """(second - chance) / (first - chance), as `difference`; None where the interval of first reaches
-  down to chance: there is nothing to divide by.
+  down to chance: there is nothing to divide by. before: of first; default: the bootstrap's.
   """
-  drawn = [value(total) for total in resampled_sums(first, seed, resamples)]
-  if percentiles(drawn, len(first))[0] <= chance:
+  before = before or summed(first, value, seed, resamples)
+  if before.low <= chance:
     return None
 
   def share(x, y):

@@ -23,6 +23,7 @@ import files
 from decode.generator import Generator
 from evaluation.differences import differences, settings_in
 from evaluation.examples import Item, Manner, chat_settings, digest_of, examples, ways
+from evaluation.measures import chance_at
 from evaluation.scoring import Line, Scorer, scorer
 from evaluation.task import Task
 
@@ -47,7 +48,7 @@ class Summary:
 
   Attributes:
     task: its name. settings: all that decides the lines, JSON-able. n: questions.
-    prompts: digest of all questions. chance: the score of who knows nothing.
+    prompts: digest of all questions. chance: the score of who knows nothing, by the first metric.
     metrics: {name: its value, low, high, n, method, lower_is_better}, the first first; None for
       what is no finite number.
     by: {value of Task.by: {the first metric's name: the same}}.
@@ -70,6 +71,10 @@ class Summary:
   @property
   def name(self) -> str:
     return f'{self.task}-{self.shots}'
+
+  def chance_of(self, metric: str) -> float:
+    """The score of who knows nothing, by a metric; 0 where it is not known."""
+    return chance_at(metric, [*self.metrics], self.chance, self.settings.get('task', {}))
 
   def counted(self, what: str) -> int:
     """Of how many a count is: of questions, or, of OF_ANSWERS, of as many answers as were drawn."""

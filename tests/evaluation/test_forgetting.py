@@ -7,9 +7,10 @@ import math
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from decode.generator import Generator
-from evaluation import compare, page, running
+from evaluation import compare, page, paired, running
 from evaluation.examples import Manner
 from evaluation.forgetting import (
   AT_CHANCE,
@@ -23,8 +24,8 @@ from evaluation.forgetting import (
   change,
   mean_retention,
 )
-from evaluation.measures import measures, named
-from evaluation.task import Perplexity, Task, read
+from evaluation.measures import chance_at, measures, named
+from evaluation.task import Classification, Generate, MultipleChoice, Perplexity, Task, read
 from tests.evaluation.test_label_scores import generator
 from tests.evaluation.test_tasks import CHOICE, ROWS, WRITE
 
@@ -86,6 +87,51 @@ def test_at_chance_there_is_nothing_to_keep():
   assert made.corrected is None and made.retention is None and made.verdict == AT_CHANCE
 
 
+def test_at_chance_is_who_is_so_by_the_interval_that_is_shown():
+  """Wilson's; the bootstrap's would say otherwise of some."""
+  for right in range(61, 67):
+    shown = SHARE.estimate(np.array(rates(right)), 0)
+    assert (changed(right, right).corrected is None) == (shown.low <= 0.25), right
+
+
+def test_every_accuracy_has_a_chance():
+  """Of four choices, by both of its metrics; of labels, macro F1 has at most as much."""
+  four = dataclasses.replace(CHOICE, kind=MultipleChoice('options', 'a'))
+  labels = Task(Classification('configs/templates/sentiment.toml'), 'x.csv')
+  for task, expected in ((four, [0.25] * 2), (labels, [0.25, 0.25, 0.0])):
+    names = [measure.name for measure in measures(task)]
+    settings = {'shots': 0, 'task': task.values()}
+    summary = running.Summary('t', settings, 1, 'ab', 0.25, dict.fromkeys(names, {}), {}, {})
+    assert [summary.chance_of(name) for name in names] == expected
+  # The score of one's own is of what is asked first, and tells nothing of macro F1.
+  labels = dataclasses.replace(labels, chance=0.6)
+  assert chance_at('macro F1', ['accuracy', 'macro F1'], 0.6, labels.values()) == 0
+  assert chance_at('exact match (SQuAD)', ['chrF2'], 0.5, WRITE.values()) == 0
+
+
+def test_a_second_accuracy_at_chance_gets_no_verdict(tmp_path):
+  metrics = {'mine': ['accuracy (per character)', 'accuracy (sum)']}
+  task = {'metrics': [], 'kind': {'name': 'MultipleChoice'}}
+  a, b = (written(tmp_path / name, metrics, 0.5, task) for name in 'ab')
+  compare.main([a, b])
+  values = json.loads((tmp_path / 'b' / compare.VALUES).read_text())['after'][b]
+  assert [each['verdict'] for each in values] == [AT_CHANCE] * 2
+
+
+def test_one_program_a_problem_passes_or_does_not():
+  """0 of 164 has Wilson's interval, and not none; two models are compared by McNemar's test."""
+  kind = Generate(passed=bool, samples=1)
+  one = Task(kind, rows, prompt='{{ q }}', metrics=('pass@1', 'length'))
+  several = dataclasses.replace(one, kind=Generate(passed=bool, samples=9, temperature=1.0))
+  given = dataclasses.replace(one, kind=Generate('options'))  # whose rows say how many were drawn
+  assert [measures(task)[0].rate for task in (one, several, given)] == [True, False, False]
+  assert not measures(one)[1].rate
+  none = measures(one)[0].estimate(np.array(rates(0, 164)), 0)
+  assert (none.low, none.method) == (0, 'wilson') and none.high == pytest.approx(0.0229, abs=1e-4)
+  again = named('pass@1', one.values())
+  assert change('t', again, rates(0, 9), rates(3, 9)).p == paired.mcnemar(0, 3)
+
+
 def test_what_has_no_score_is_left_out_and_counted():
   made = change('t', SHARE, [None, *rates(3, 5)], [*rates(3, 5), None])
   assert made.left_out == 2 and made.difference.n == 4
@@ -130,12 +176,12 @@ def test_of_what_neither_way_is_better_nothing_is_forgotten(tmp_path, capsys):
   assert 'mean retention of 1 task: 100.0%' in capsys.readouterr().out
 
 
-def written(directory, metrics: dict[str, list[str]]) -> str:
+def written(directory, metrics: dict[str, list[str]], chance=0.0, about=None) -> str:
   """Results by hand, of tasks with these metrics: each is right in half of 20 questions."""
   directory.mkdir()
   for task, of in metrics.items():
-    settings = {'shots': 0, 'task': {'metrics': []}}
-    summary = running.Summary(task, settings, 20, 'ab', 0.0, dict.fromkeys(of, {}), {}, {})
+    settings = {'shots': 0, 'task': about or {'metrics': []}}
+    summary = running.Summary(task, settings, 20, 'ab', chance, dict.fromkeys(of, {}), {}, {})
     (directory / f'{task}-0.json').write_text(json.dumps(vars(summary)))
     stats = [dict.fromkeys(of, [float(i % 2), 1.0]) for i in range(20)]
     lines = [json.dumps({'digest': str(i), 'stats': each}) for i, each in enumerate(stats)]
@@ -154,6 +200,17 @@ def test_a_metric_of_ones_own_is_refused_alone(tmp_path, capsys):
   c, d = (written(tmp_path / name, {'mine': ['my mean']}) for name in 'cd')
   with pytest.raises(SystemExit, match='have no metric that can be compared'):
     compare.main([c, d])
+
+
+def test_a_target_that_was_at_nothing_before_has_a_point():
+  """Its gain as it is; else in per cent of what it was."""
+  others = change('kept-0', SHARE, rates(150), rates(120))
+  for before, gain, label in ((0, 0.3, 'gain on new'), (40, 150.0, 'gain on new, %')):
+    target = change('new-0', SHARE, rates(before), rates(before + 60))
+    ax = Figure().subplots()
+    compare._trade_off(ax, {'after': [target, others]}, ['new'])
+    assert ax.lines[0].get_xydata().tolist() == [pytest.approx([80, gain])]
+    assert ax.get_ylabel() == label
 
 
 # The command, on two models.
