@@ -57,6 +57,32 @@ def cohen(
 
   nan where nothing was rated by both, or chance leaves nothing to disagree on.
   """
+  return float(_kappa(*_counted(first, second, weights)))
+
+
+def cohen_estimate(
+  first: Float[np.ndarray, 'U'],
+  second: Float[np.ndarray, 'U'],
+  weights: str = 'none',
+  seed: int = 0,
+  resamples: int = RESAMPLES,
+) -> Estimate | None:
+  """With the percentile interval of a bootstrap over what both rated; None where it is undefined.
+
+  A resample in which chance leaves nothing to disagree on says nothing, and is left out.
+  """
+  counts, cost = _counted(first, second, weights)
+  said, n = float(_kappa(counts, cost)), int(counts.sum())
+  if math.isnan(said):
+    return None
+  # To draw units is to draw how often which two values come.
+  draw = np.random.Generator(np.random.Philox(seed))
+  drawn = draw.multinomial(n, counts.ravel() / n, resamples).reshape(-1, *counts.shape)
+  return Estimate(said, *percentiles(_kappa(drawn, cost), n), n, 'bootstrap')
+
+
+def _counted(first, second, weights: str) -> tuple[np.ndarray, np.ndarray]:
+  """How often two raters gave which values, [V, V], and what each two of these cost, [V, V]."""
   names.check('weights', weights, WEIGHTS)
   both = ~(np.isnan(first) | np.isnan(second))
   values, ranks = np.unique(np.concatenate([first[both], second[both]]), return_inverse=True)
@@ -64,10 +90,16 @@ def cohen(
   counts = np.zeros((len(values), len(values)))
   np.add.at(counts, (a, b), 1)
   apart = np.abs(np.subtract.outer(np.arange(len(values)), np.arange(len(values))))
-  cost = {'none': apart > 0, 'linear': apart, 'quadratic': apart**2}[weights]
-  chance = np.outer(counts.sum(1), counts.sum(0)) / max(counts.sum(), 1)
-  expected = (cost * chance).sum()
-  return float(1 - (cost * counts).sum() / expected) if expected else math.nan
+  return counts, {'none': apart > 0, 'linear': apart, 'quadratic': apart**2}[weights]
+
+
+def _kappa(counts: np.ndarray, cost: np.ndarray) -> np.ndarray:
+  """Of counts [.., V, V]; nan where nothing is expected to be apart."""
+  rows, columns, n = counts.sum(-1), counts.sum(-2), counts.sum((-1, -2))
+  expected = np.einsum('...i,ij,...j->...', rows, cost, columns) / np.maximum(n, 1)
+  seen = (cost * counts).sum((-1, -2))
+  # What is expected to cost nothing does not.
+  return np.where(expected > 0, 1 - seen / np.where(expected > 0, expected, 1), math.nan)
 
 
 def _coincidences(ratings) -> tuple[np.ndarray, np.ndarray]:

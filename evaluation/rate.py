@@ -24,7 +24,7 @@ import commands
 import files
 import names
 from evaluation import ratings
-from evaluation.agreement import cohen, krippendorff_estimate
+from evaluation.agreement import cohen_estimate, krippendorff_estimate
 from evaluation.intervals import RESAMPLES, Estimate, summed, wilson
 from evaluation.paired import difference
 from evaluation.ratings import CRITERIA, MODES, PAIRS, SCALES, Study
@@ -35,6 +35,7 @@ LOCAL = ('127.0.0.1', 'localhost', '::1')
 CONNECTIONS = 64
 PORT = 8765
 TOKEN = 8  # characters of a token, at least
+SHOWN = 10  # pairs of raters, those of five, of each criterion
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -273,7 +274,7 @@ def _agreement(study: Study, raters: Sequence[str], draws: tuple[int, int]) -> d
     return said
   place = {unit: i for i, unit in enumerate(study.order(''))}
   scale, weights = ('nominal', 'none') if study.mode == PAIRS else ('ordinal', 'quadratic')
-  rows, pairs = [], [*itertools.combinations(range(len(raters)), 2)]
+  rows, beside, pairs = [], [], [*itertools.combinations(range(len(raters)), 2)]
   for criterion in study.criteria:
     values = np.full((len(place), len(raters)), math.nan)
     for each in study.ratings():
@@ -283,15 +284,20 @@ def _agreement(study: Study, raters: Sequence[str], draws: tuple[int, int]) -> d
     alpha = krippendorff_estimate(values, scale, *draws)
     said['alpha'][criterion] = alpha and alpha.values()
     kappas = {
-      f'{raters[i]}, {raters[j]}': cohen(values[:, i], values[:, j], weights) for i, j in pairs
+      f'{raters[i]}, {raters[j]}': cohen_estimate(values[:, i], values[:, j], weights, *draws)
+      for i, j in pairs
     }
-    said['kappa'][criterion] = {k: v if math.isfinite(v) else None for k, v in kappas.items()}
-    known = [f'{v:.2f} ({k})' for k, v in kappas.items() if math.isfinite(v)]
+    said['kappa'][criterion] = {k: v and v.values() for k, v in kappas.items()}
+    shown = [*kappas.items()][:SHOWN]
+    beside += [[criterion, k, v.n if v else '', str(v or 'undefined')] for k, v in shown]
     both = int((~np.isnan(values)).sum(1).__gt__(1).sum())
-    rows.append([criterion, both, str(alpha or 'undefined'), '; '.join(known[:6]) or 'undefined'])
-  kappa = "Cohen's kappa" + (', quadratic' if weights != 'none' else '')
-  headers = ['', 'rated by two', f"Krippendorff's alpha, {scale}", kappa]
+    rows.append([criterion, both, str(alpha or 'undefined')])
+  headers = ['', 'rated by two', f"Krippendorff's alpha, {scale}"]
   commands.table('Agreement: 1 always, 0 as by chance', headers, rows)
+  kappa = "Cohen's kappa" + (', quadratic' if weights != 'none' else '')
+  commands.table('Of every two raters', ['', 'raters', 'rated by both', kappa], beside)
+  if len(pairs) > SHOWN:
+    print(f'NOTE: {len(pairs) - SHOWN} of {len(pairs)} pairs of raters are not shown; --json=FILE')
   return said
 
 

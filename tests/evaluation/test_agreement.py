@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.agreement import cohen, krippendorff, krippendorff_estimate
+from evaluation import rate, ratings
+from evaluation.agreement import cohen, cohen_estimate, krippendorff, krippendorff_estimate
 from evaluation.strengths import FIRST, SECOND, TIE, Comparison, counted, fitted, strengths
+from tests.evaluation.test_ratings import study
 
 # Krippendorff (2011), "Computing Krippendorff's Alpha-Reliability", part C: 4 observers, 12 units.
 _ = math.nan
@@ -98,6 +100,38 @@ def test_kappa_is_that_of_examples():
   b[:150] = math.nan
   assert cohen(a, b) == pytest.approx(cohen(a[150:], b[150:]))
   assert math.isnan(cohen(a[:9], b[:9])) and math.isnan(cohen(np.ones(4), np.ones(4)))
+
+
+def test_kappa_has_the_interval_of_a_bootstrap_over_what_both_rated():
+  draw = np.random.default_rng(3)
+  a = draw.integers(1, 6, 120).astype(float)
+  b = np.clip(a + draw.integers(-1, 2, 120), 1, 5)
+  a[100:] = math.nan
+  made = cohen_estimate(a, b, 'quadratic', resamples=4000)
+  assert made.value == cohen(a, b, 'quadratic') and made.n == 100 and not made.small
+  assert made == cohen_estimate(a, b, 'quadratic', resamples=4000)
+  drawn = []
+  for _ in range(1000):
+    units = draw.integers(0, 100, 100)
+    drawn.append(cohen(a[units], b[units], 'quadratic'))
+  np.testing.assert_allclose([made.low, made.high], np.quantile(drawn, [0.025, 0.975]), atol=0.015)
+  assert cohen_estimate(np.ones(4), np.ones(4)) is None
+  assert cohen_estimate(a[100:], b[100:]) is None
+
+
+@pytest.mark.parametrize('count, left_out', [(5, 0), (6, 5)])
+def test_pairs_of_raters_that_are_not_shown_are_counted(count, left_out, tmp_path, capsys):
+  of, raters = study(tmp_path), [f'rater {i}' for i in range(count)]
+  for k, name in enumerate(raters):
+    for item in range(4):
+      of.save(name, ratings.Unit(item), {'preference': (item + k) % 3})
+  said = rate._agreement(of, raters, (0, 200))
+  every = count * (count - 1) // 2
+  kappas = said['kappa']['preference']
+  assert len(kappas) == every and kappas['rater 0, rater 1']['n'] == 4
+  out = capsys.readouterr().out
+  assert out.count(', rater') == every - left_out
+  assert (f'NOTE: {left_out} of {every} pairs of raters are not shown' in out) == bool(left_out)
 
 
 def test_strengths_are_those_of_agrestis_example():
