@@ -370,6 +370,7 @@ def run() -> None:
 def judge(ways, output: pathlib.Path) -> None:
   """What the flags ask for of a run; what is found out is written into `output`."""
   remedy = 'wait until it ends, end it, or give another --output'
+  print(f'seed {SEED.value}: of examples that are shown, of draws and of intervals')
   if TASKS.value or LM_EVAL.value:
     cache = pathlib.Path(config_of(WORKDIR.value).data.cache_dir) / 'xla'
     hosts.cache_compilations(cache)

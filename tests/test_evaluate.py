@@ -79,6 +79,7 @@ def test_a_run_says_how_well_it_classifies(tuned):
     assert (output / f'classify-{way.replace(" ", "-")}.png').read_bytes()[:4] == b'\x89PNG'
   assert results[0]['prompts'] == results[1]['prompts'] != results[2]['prompts']
   assert '0 shots, contextual' in done.out and 'with 95% intervals' in done.out
+  assert 'seed 0: of examples' in done.out
 
   again = Process(tuned, 'evaluate.py', *flags, f'--output={tuned}/again').end()
   assert again.code == 0, again.error
