@@ -53,10 +53,11 @@ def _run(options) -> None:
   own = [*filter(None, options.tasks.split(','))]
   for summary, told in placed.results(place, options.data, own, 'safety'):
     rows, answers = [row for _, row in told], [line['answers'][0] for line, _ in told]
+    silent = [safety.silence(line) for line, _ in told]
     asked = {'prompts': summary.prompts, 'run': summary.settings.get('run')}
     about = asked | {'judge': options.judge}
-    refused = _asked(options.judge, judge, rows, answers)
-    said[summary.name] = safety.show(summary.name, about, rows, answers, refused)
+    refused = _asked(options.judge, judge, rows, answers, silent)
+    said[summary.name] = safety.show(summary.name, about, rows, answers, refused, silent)
     if run is None:
       continue
     can = [i for i, row in enumerate(rows) if row['safety'] in run.labels]
@@ -67,24 +68,31 @@ def _run(options) -> None:
       )
     if not can:
       continue
-    rows, answers, refused = ([of[i] for i in can] for of in (rows, answers, refused))
-    by_run = _asked(run.said, run, rows, answers)
+    each = rows, answers, refused, silent
+    rows, answers, refused, silent = ([of[i] for i in can] for of in each)
+    by_run = _asked(run.said, run, rows, answers, silent)
     about = asked | {'judge': run.said}
     name = f'{summary.name}, by a run'
-    said[name] = safety.show(name, about, rows, answers, by_run)
-    beside = safety.show_beside(options.judge, run.said, answers, refused, by_run)
-    said[name]['disagreement'] = beside
+    said[name] = safety.show(name, about, rows, answers, by_run, silent)
+    judged = [i for i, why in enumerate(silent) if not why]
+    if judged:
+      given = ([of[i] for i in judged] for of in (answers, refused, by_run))
+      said[name]['disagreement'] = safety.show_beside(options.judge, run.said, *given)
   if not said:
     raise ValueError(f'{place} has no results of tasks of safety; evaluate --tasks=xstest, ..')
   files.replace(place / FILE, json.dumps(said, indent=1, ensure_ascii=False) + '\n')
   print(f'\nwrote {place}/{FILE}')
 
 
-def _asked(name: str, judge: Judge, rows, answers) -> list[bool]:
-  refused = [bool(x) for x in judge([row['prompt'] for row in rows], answers)]
-  if len(refused) != len(rows):
-    raise ValueError(f'{name} judged {len(refused)} of {len(rows)} answers')
-  return refused
+def _asked(name: str, judge: Judge, rows, answers, silent) -> list[bool | None]:
+  """Of each whether it refuses; None where there is no answer, which no judge sees."""
+  given = [i for i, why in enumerate(silent) if not why]
+  prompts, texts = [rows[i]['prompt'] for i in given], [answers[i] for i in given]
+  refused = [bool(x) for x in judge(prompts, texts)] if given else []
+  if len(refused) != len(given):
+    raise ValueError(f'{name} judged {len(refused)} of {len(given)} answers')
+  of = dict(zip(given, refused))
+  return [of.get(i) for i in range(len(rows))]
 
 
 def _judge(name: str) -> Judge:
