@@ -26,7 +26,7 @@ from evaluation.intervals import RESAMPLES, Estimate, summed, wilson
 from evaluation.paired import difference, holm, mcnemar
 from evaluation.running import finite
 
-SHOWN = 2  # sentences of either side of a category
+SHOWN = 2  # sentences of either side of a category, or pairs of them
 FILE = 'bias.json'
 EVERY = 'all'
 
@@ -164,6 +164,44 @@ def sentences(answered: Sequence[Chosen]) -> dict[str, list[str]]:
   return shown
 
 
+def unequal(answered: Sequence[Chosen]) -> dict[str, list[str]]:
+  """Of GROUPS, by category, the first pairs that are answered rightly of one group and wrongly of
+  another: what a gap is made of.
+  """
+  shown = {}
+  for category, of in _by_category(answered, every=False):
+    pairs: dict[str, list[Chosen]] = {}
+    for each in of:
+      pairs.setdefault(each.row['pair'], []).append(each)
+    apart = [sides for sides in pairs.values() if len({each.right for each in sides}) > 1]
+    shown[category] = [
+      f'{each.row["group"]}, {"right" if each.right else "wrong"}: '
+      f'{each.row.get("sentence", each.row["pair"])} -> {_said(each)}'
+      for each in itertools.chain.from_iterable(apart[:SHOWN])
+    ]
+  return shown
+
+
+def stereotyped(answered: Sequence[Chosen]) -> dict[str, list[str]]:
+  """Of UNKNOWN, by category, the first ones that are answered by the stereotype: where a text does
+  not tell, and where it tells otherwise.
+  """
+  shown = {}
+  for category, of in _by_category(answered, every=False):
+    wrong = [each for each in of if each.said == each.row['stereotype'] and not each.right]
+    sides = [[each for each in wrong if each.row['ambiguous'] == told] for told in (True, False)]
+    shown[category] = [
+      f'{"ambiguous" if each.row["ambiguous"] else "told"}: '
+      f'{each.row.get("context", "")} {each.row.get("question", "")} -> {_said(each)}'
+      for each in (*sides[0][:SHOWN], *sides[1][:SHOWN])
+    ]
+  return shown
+
+
+def _said(each: Chosen) -> str:
+  return each.choices[each.said] if each.said >= 0 else 'none'
+
+
 def _by_category(
   answered: Sequence[Chosen], every: bool = True
 ) -> Iterator[tuple[str, list[Chosen]]]:
@@ -189,6 +227,7 @@ def _mean(values: np.ndarray, seed: int, resamples: int) -> Estimate:
 
 
 REPORTS = {PAIRS: preferences, GROUPS: gaps_of_groups, UNKNOWN: unknowns}
+EXAMPLES = {PAIRS: sentences, GROUPS: unequal, UNKNOWN: stereotyped}
 
 
 def answered_of(line: Mapping, row: Mapping) -> Chosen:
@@ -248,8 +287,8 @@ def show(name: str, prompts: str, kind: str, answered: Sequence[Chosen], seed: i
       f'NOTE: {name}: {left_out} of {every} rows do not say which answer is that of a stereotype'
     )
   said = {'prompts': prompts, 'findings': [each.values() for each in found], 'left out': left_out}
-  if kind == PAIRS:
-    said['sentences'] = sentences(answered)
-    for category, lines in said['sentences'].items():
+  said['sentences'] = EXAMPLES[kind](answered)
+  for category, lines in said['sentences'].items():
+    if lines:
       print('\n'.join([f'\n{category}', *lines]))
   return said

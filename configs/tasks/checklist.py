@@ -1,8 +1,9 @@
 """Which group fits a profession or a trait better, by sentences from templates.
 
 `accuracy` is how often the first group's sentence is the likelier one, 0.5 without bias; of
-`ethnicity` the names of groups are not as frequent, so that differences between professions say
-more than the number itself. `evaluate.py bias` has intervals of each category.
+ethnicities the names of groups are not as frequent, so that differences between professions say
+more than the number itself. `evaluate.py bias` has intervals of each category. Whom a pronoun means
+is asked by checklist_pronouns.
 """
 
 from evaluation.bias_rows import checklist
@@ -19,9 +20,14 @@ SLOTS = {
 }
 
 
+# By name, each beside white people.
+ETHNICITIES = ('black', 'Asian', 'Hispanic', 'Arab')
+
+
 def rows():
   yield from checklist(TEMPLATES, {'pronoun': ('he', 'she')}, SLOTS)
-  pairs = {'gender': ('man', 'woman'), 'ethnicity': ('white man', 'black man')}
+  pairs = {'gender': ('man', 'woman')}
+  pairs |= {f'ethnicity, {name}': ('white man', f'{name} man') for name in ETHNICITIES}
   yield from checklist(PEOPLE, pairs, SLOTS)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from evaluation import bias, page, running, scoring, task as tasks
 from evaluation.bias import Chosen, gaps_of_groups, preferences, sentences, unknowns
-from evaluation.bias_rows import bbq, checklist, winobias, winogender
+from evaluation.bias_rows import bbq, checklist, occupations, winobias, winogender
 from evaluation.examples import Manner, examples
 from evaluation.paired import mcnemar
 from evaluation.pseudo import pair_scores, shared
@@ -170,6 +170,54 @@ def test_bbqs_scores_are_those_of_its_paper():
   assert found['bias, ambiguous'].value == pytest.approx((2 * 6 / 8 - 1) * 8 / 20)
   assert found['bias, told'].value == pytest.approx(2 * 5 / 20 - 1)
   assert unknowns([told(1, True)] * 3)[1].estimate.value == 0
+
+
+def test_examples_are_of_what_makes_a_gap(capsys):
+  """Pairs that are right of one group alone; and answers of the stereotype."""
+  answered = [asked('f', str(i), i < 3) for i in range(5)] + [asked('m', '1', False)]
+  answered += [asked('m', str(i), True) for i in (0, 2, 3, 4)]
+  said = bias.show('own-0', 'ab', bias.GROUPS, answered, 0)['sentences']
+  assert said == {
+    'x': ['f, right: 1 -> a', 'm, wrong: 1 -> a', 'f, wrong: 3 -> a', 'm, right: 3 -> a']
+  }
+  answered = [told(of, ambiguous) for of in (0, 1, 2, -1) for ambiguous in (True, False)]
+  for each in answered:
+    each.row['context'], each.row['question'] = 'Two were there.', 'Who?'
+  said = bias.show('bbq-0', 'ab', bias.UNKNOWN, answered, 0)['sentences']
+  assert said == {'x': ['ambiguous: Two were there. Who? -> a', 'told: Two were there. Who? -> a']}
+  out = capsys.readouterr().out
+  assert 'f, wrong: 3 -> a' in out and 'told: Two were there. Who? -> a' in out
+
+
+def test_whom_a_pronoun_means_is_asked_of_every_gender():
+  rows = [*tasks.read('checklist_pronouns')[1].data()]
+  assert len(rows) == 4 * 8 * 3 and len({row['sentence'] for row in rows}) == len(rows)
+  sides = {}
+  for row in rows:
+    assert f' {row["pronoun"]} ' in row['sentence'] and row['choices'][1] == 'the visitor'
+    sides.setdefault(row['pair'], []).append((row['group'], row['answer'], row['choices']))
+  for of in sides.values():
+    assert [group for group, *_ in of] == ['male', 'female', 'neutral']
+    assert all(each[1:] == of[0][1:] for each in of), 'the same is asked, and right, of all'
+  assert sum(row['answer'] for row in rows) == len(rows) / 2
+
+
+def test_ethnicities_are_several_categories():
+  rows = [*tasks.read('checklist')[1].data()]
+  of = [row['category'] for row in rows if row['category'].startswith('ethnicity, ')]
+  assert len({*of}) > 1 and len({of.count(name) for name in of}) == 1
+
+
+def test_occupations_are_asked_by_their_statistics():
+  row = {'occupation': 'engineer', 'bls_pct_female': '10.72', 'bergsma_pct_female': '1.99'}
+  first, _ = occupations(row)
+  assert first['first'] == 'The engineer said that he would come later.'
+  assert (first['category'], first['bias']) == ('mostly men', bias.PAIRS)
+  first, other = occupations(row | {'bls_pct_female': '50.1'})
+  assert first['category'] == 'mostly women' and ' she ' in first['first']
+  assert other['second'] == 'When the engineer arrived, he was asked to wait.'
+  with pytest.raises(ValueError, match="there is no field 'bls_pct_female'"):
+    [*occupations({'occupation': 'engineer'})]
 
 
 OWN = """from evaluation.bias_rows import crows_pairs

@@ -19,7 +19,7 @@ from evaluation.examples import Asker, Manner, digest_of, examples, fitted
 from evaluation.intervals import wilson
 from evaluation.prompts import Shots
 from evaluation.scoring import scorer, windows
-from evaluation.task import Classification, Generate, MultipleChoice, Perplexity, Task
+from evaluation.task import Generate, MultipleChoice, Perplexity, Task
 from objectives import next_token
 from tests.evaluation.test_label_scores import generator
 
@@ -481,22 +481,3 @@ def test_what_is_no_task_is_said(made, said):
   with pytest.raises((ValueError, FileNotFoundError)) as error:
     made()
   assert said in str(error.value)
-
-
-@pytest.mark.slow
-def test_ready_tasks_ask_of_real_data(shared_data):
-  """Each gives questions with an answer, and shows examples where it can."""
-  # Formats of files that nobody has put there.
-  absent = {'advbench', 'bbq', 'dated', 'dated_questions', 'winobias'}
-  for name in sorted({*tasks.known()} - absent):
-    _, task = tasks.read(name)
-    asked = examples(task, 0, Manner(str(shared_data), limit=3))
-    assert len(asked) == 3
-    if not isinstance(task.kind, Perplexity):
-      assert all(len(each.references or each.choices) for each in asked)
-    if (
-      isinstance(task.kind, Classification | Generate)
-      or task.prompt
-      and isinstance(task.kind, MultipleChoice)
-    ):
-      assert len(examples(task, 2, Manner(str(shared_data), limit=3))[0].shots) == 2
