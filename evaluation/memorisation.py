@@ -201,12 +201,17 @@ def write(
 
 
 def verdicts(found: Mapping[str, Findings], by_chance: bool) -> dict[str, str]:
-  """{part: what its intervals say}. by_chance: see MemoryQuestions."""
+  """{part: what its intervals say, corrected for how many the part has}. by_chance: see
+  MemoryQuestions.
+  """
   said = {}
   for part in (EXTRACTION, OVERLAP):
     if part not in found:
       continue
-    shows = [what for what, of in found[part].items() if _beyond(of['difference'], 0.0, MORE[what])]
+    differences = {
+      what: of['difference'].of_several(len(found[part])) for what, of in found[part].items()
+    }
+    shows = [what for what, of in differences.items() if _beyond(of, 0.0, MORE[what])]
     if not shows:
       said[part] = 'not beyond the control'
     elif part == OVERLAP:
@@ -228,7 +233,8 @@ def _told(aucs: Mapping[str, Estimate], by_chance: bool) -> str:
       'UNLIKE: the control is other text than what was read, and told from it without the model '
       f'(AUC {blind}); scores say nothing of memory'
     )
-  shows = [name for name, auc in aucs.items() if _beyond(auc, 0.5, 1)]
+  of_model = {name: auc for name, auc in aucs.items() if name != membership.BLIND}
+  shows = [n for n, auc in of_model.items() if _beyond(auc.of_several(len(of_model)), 0.5, 1)]
   if not shows:
     return 'what was read is not told from what was not'
   return f'TOLD APART by a higher {", ".join(shows)}' + ('' if by_chance else f', {UNSURE}')
@@ -246,7 +252,7 @@ def text_of(values: Mapping, lines: Iterable[Mapping] = ()) -> list[str]:
   run = ', '.join(f'{name} {value}' for name, value in values['run'].items() if value != '')
   parts = [
     f'# What {values["run"].get("workdir", "a model")} has kept',
-    f'Of {run}. 95% intervals.',
+    f'Of {run}. 95% intervals; what is said of a part is corrected for how many it has.',
   ]
   rows = [
     [name, side['of'], side['n'], side['documents'], side['short'], f'`{side["prompts"]}`']

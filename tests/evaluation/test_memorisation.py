@@ -18,6 +18,7 @@ from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
 from evaluation import canaries, extraction, membership, memorisation, overlap, unpaired
 from evaluation.canaries import Exposure, Space
+from evaluation.intervals import Estimate, Z
 from evaluation.journal import Journal
 from evaluation.memorisation import EXTRACTION, MEMBERSHIP, PARTS, MemoryQuestions
 from evaluation.passages import Cut, Passage, Passages, drawn
@@ -387,6 +388,33 @@ def test_what_cannot_be_asked_is_said(made, said):
   with pytest.raises(ValueError) as error:
     made()
   assert said in str(error.value)
+
+
+def test_who_read_nothing_is_seldom_said_to_have(monkeypatch):
+  """Of normal estimates of nothing: in 2.5% of parts (one side counts), however many each has;
+  without a correction in 1 - 0.975^n, 7% and 10%.
+  """
+  draw, trials = np.random.default_rng(0), 4000
+
+  def nothing(middle: float) -> Estimate:
+    value = middle + 0.05 * draw.standard_normal()
+    return Estimate(value, value - 0.05 * Z, value + 0.05 * Z, 200, 'bootstrap')
+
+  def false_alarms() -> list[float]:
+    names = (extraction.EXACT, extraction.MATCHED, extraction.DISTANCE)
+    extracted = [{what: {'difference': nothing(0.0)} for what in names} for _ in range(trials)]
+    said = [memorisation.verdicts({EXTRACTION: of}, True)[EXTRACTION] for of in extracted]
+    blind = {membership.BLIND: Estimate(0.5, 0.4, 0.6, 200, 'bootstrap')}
+    aucs = [{name: nothing(0.5) for name in 'abcd'} | blind for _ in range(trials)]
+    told = [memorisation._told(of, True) for of in aucs]
+    return [
+      np.mean([text.startswith('MEMORISED') for text in said]),
+      np.mean([text.startswith('TOLD APART') for text in told]),
+    ]
+
+  np.testing.assert_allclose(false_alarms(), 0.025, atol=0.01)
+  monkeypatch.setattr(Estimate, 'of_several', lambda self, tests: self)
+  assert min(false_alarms()) > 0.06
 
 
 def test_scores_that_are_no_numbers_are_said():
