@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 from decode.calling import flattened
 from decode.engine import Engine
 from decode.loop import Chunk, Rules
-from decode.sizes import Sizes
+from decode.sizes import Sizes, check_weights
 from decode.speculative import Lookup, Speculation, speculate_chunk
 from model.cache import rows_of, with_rows
 from model.config import ModelConfig
@@ -47,8 +47,11 @@ class DraftingEngine(Engine):
     rows = self._named({}, self._parts)
     self._programs['remember'] = self._compiled(remember, self._drafts, *self._puts([rows, ids]))
 
+  def rest(self) -> None:
+    super().rest()
+    self._drafts = None
+
   def reset(self) -> None:
-    self._drafts = None  # before there is room for others
     super().reset()
     if 'no drafts' not in self._programs:
       self._programs['no drafts'] = self._compiled(jax.jit(self._nothing))
@@ -95,7 +98,7 @@ class DraftingEngine(Engine):
   def _decoder(self, weights: Decoder, alternatives: int) -> str:
     name = f'decode with {alternatives} alternatives'
     if name not in self._programs:
-      self._check_weights(weights)
+      check_weights(weights, self.sizes)
       static = dict(steps=self.sizes.steps, pad=self._pad, vocabulary=self._vocabulary)
       static |= dict(k=self.sizes.draft_tokens, alternatives=alternatives)
       program = flattened(speculate_chunk, weights, 2, GENERATION, **static)

@@ -28,10 +28,9 @@ from decode.encoded import Sources
 from decode.idle import idle_state
 from decode.loop import Chunk, Rules
 from decode.prefixes import Prefixes
-from decode.sizes import Request, Sizes, Use, check, check_request, idle_request
+from decode.sizes import Request, Sizes, Use, check, check_request, check_weights, idle_request
 from model.config import ModelConfig
 from model.transformer import Decoder
-from model.weights import adapters
 from parallel import axes as ax
 from parallel.compiler import GENERATION
 
@@ -84,7 +83,7 @@ class Engine:
     self._read_rows = sizes.read_rows or self._parts
     self._sources = Sources(sizes.source, self._read_rows, pad)
     self._programs: dict[str, Any] = {}
-    self._leaves, self._splits = Leaves(), Splits(mesh)
+    self._splits = Splits(mesh)
     self._begin = functools.partial(idle_state, config, sizes)
     self._begun = self._compiled(jax.jit(self._begin))
     self.reset()
@@ -95,6 +94,12 @@ class Engine:
       loop.release, self.state, self.rules, self._put(np.zeros(sizes.rows, bool))
     )
 
+  def rest(self) -> None:
+    """Neither caches nor weights stay on the devices for its sake, until `reset`."""
+    self.state = self.rules = None
+    self._weights: Decoder | None = None  # by which prefixes were read
+    self._leaves = Leaves()
+
   def reset(self) -> None:
     """All rows are free, whatever they had: also after a call that has failed half-way."""
     self._requests: dict[int, Request] = {}
@@ -104,12 +109,11 @@ class Engine:
     self._cached: dict[int, int] = {}
     self._tables = Tables(self._config.table_rows, self.sizes.states, self.sizes.classes)
     self._automaton = self._uploaded()
-    self.state = self.rules = None  # before there is room for others
+    self.rest()  # before there is room for others
     self.state, self.rules = self._begun()
     windows = zip(self._windows, self.state.cache.held, strict=True)
     rings = [held.slots - window + 1 for window, held in windows if held.ring]
     self._prefixes = Prefixes(self.sizes.rows, self.sizes.block, min(rings, default=None))
-    self._weights: Decoder | None = None  # by which prefixes were read
 
   def compile(
     self, weights: Decoder, came: Callable[[int, int], None] = lambda done, total: None
@@ -431,18 +435,11 @@ class Engine:
     """Raises ValueError for a request that no row could take."""
     check_request(request, self.sizes, self._vocabulary, self._virtual)
 
-  def _check_weights(self, weights) -> None:
-    if adapters(weights) != self.sizes.adapters:
-      raise ValueError(
-        f'weights with {adapters(weights)} adapters in an engine for {self.sizes.adapters} '
-        '(Sizes.adapters): make both for as many'
-      )
-
   def _reader(self, weights, source: int) -> str:
     """The name of the program, compiled. source: tokens of sources that it reads."""
     name = f'read sources of {source}' if source else 'read'
     if name not in self._programs:
-      self._check_weights(weights)
+      check_weights(weights, self.sizes)
       arguments, *_ = self._reading((), source)
       program = flattened(loop.read, weights, 1, vocabulary=self._vocabulary)
       leaves = self._leaves(weights)
@@ -469,7 +466,7 @@ class Engine:
     """The name of the program, compiled."""
     name = f'decode with {alternatives} alternatives'
     if name not in self._programs:
-      self._check_weights(weights)
+      check_weights(weights, self.sizes)
       static = dict(steps=self.sizes.steps, pad=self._pad, vocabulary=self._vocabulary)
       static |= dict(alternatives=alternatives)
       program = flattened(loop.decode_chunk, weights, 1, GENERATION, **static)

@@ -9,6 +9,7 @@ from decode.options import CHUNK, TABLE
 from decode.sampling import Sampling
 from model.cache import APPEND
 from model.config import ModelConfig
+from model.weights import adapters
 from parallel import axes as ax
 
 SHORTEST = 32  # tokens of a text that is read at once; each length is four times another
@@ -200,6 +201,15 @@ def _check_pages(sizes: Sizes, parts: int) -> None:
     raise NotImplementedError(
       f'pages over mesh.context={ax.size("slots")}: a page is whole on every device of a part; use '
       'pages=0, or a mesh without context'
+    )
+
+
+def check_weights(weights, sizes: Sizes) -> None:
+  """Raises ValueError for weights with another number of adapters."""
+  if adapters(weights) != sizes.adapters:
+    raise ValueError(
+      f'weights with {adapters(weights)} adapters in an engine for {sizes.adapters} '
+      '(Sizes.adapters): make both for as many'
     )
 
 

@@ -77,7 +77,7 @@ def _lent(
   try:
     yield engine
   finally:
-    engine.state = engine.rules = None
+    engine.rest()
     _spare[model] = sizes, engine
 
 

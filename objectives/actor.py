@@ -64,7 +64,7 @@ class Actor:
     # All ids that the model has, those too that are no token's: the law that is drawn from is the
     # one that is trained.
     self._engine = Engine(config, mesh, sizes, vocabulary=config.V, pad=tokenizer.pad)
-    self._forget()
+    self._engine.rest()
     self._pad = tokenizer.pad
     self._ends, self._new, self._temperature = generation.ends(tokenizer), new, temperature
 
@@ -74,11 +74,8 @@ class Actor:
     try:
       yield from complete(self._engine, weights, map(self._request, asked))
     finally:
-      self._forget()
-
-  def _forget(self) -> None:
-    """Caches take no memory while the policy learns."""
-    self._engine.state = self._engine.rules = None
+      # Neither these weights nor caches take memory while the policy learns.
+      self._engine.rest()
 
   def _request(self, asked: Question) -> Request:
     drawn = asked.seed is not None

@@ -5,8 +5,10 @@ does an engine forget whoever has left, compile nothing on the way, and write wh
 import contextlib
 import dataclasses
 import functools
+import gc
 import inspect
 import textwrap
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -273,6 +275,24 @@ def test_nothing_is_compiled_after_the_start():
   with compilations() as names:
     jax.jit(lambda x: x + 1.5)(1.0)
   assert names, 'and this counts what is compiled'
+
+
+def test_an_engine_at_rest_keeps_neither_weights_nor_caches():
+  """And is as it was once it begins again, without compiling anything."""
+  engine = engine_of('llama', alternatives=3)
+  weights = jax.tree.map(jnp.copy, model_of('llama'))
+  engine.reset()
+  expected = together(engine, weights, REQUESTS)
+  alive = [weakref.ref(x) for x in jax.tree.leaves((weights, engine.state.cache))]
+  assert all(x() is not None for x in alive)
+  del weights
+  engine.rest()
+  gc.collect()
+  assert not [x for x in alive if x() is not None]
+  with compilations() as names:
+    engine.reset()
+    assert together(engine, model_of('llama'), REQUESTS) == expected
+  assert not names
 
 
 def test_other_shapes_raise():
