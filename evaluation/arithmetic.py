@@ -12,8 +12,12 @@ DEPTH = 20
 EXPONENT = 64
 BITS = 4096  # of a numerator or a denominator, on the way
 
-# A sign belongs to a number where nothing stands before it that it could be between.
-NUMBER = re.compile(r'(?<![\w.,)])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|\d[\d,]*(?:\.\d+)?')
+# A sign belongs to a number where nothing stands before it that it could be between, and a power of
+# ten where no word goes on behind it.
+NUMBER = re.compile(
+  r'(?<![\w.,)])-?\d[\d,]*(?:\.\d+)?(?:/\d+|[eE][-+]?\d+\b)?%?'
+  r'|\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+\b)?'
+)
 
 
 def value(text: str) -> fractions.Fraction:
@@ -54,7 +58,7 @@ def _readings(text: str) -> list[fractions.Fraction]:
 
 
 def last_number(text: str) -> fractions.Fraction | None:
-  """The last number that a text names; None where it names none, or one of too many digits."""
+  """The last number that a text names; None where it names none, or one that passes a bound."""
   named = NUMBER.findall(text[-LENGTH * 10 :])
   if not named:
     return None
@@ -63,16 +67,23 @@ def last_number(text: str) -> fractions.Fraction | None:
   if len(last) > DIGITS:
     return None
   try:
-    number = fractions.Fraction(last.rstrip('%'))
+    number = _literal(last.rstrip('%'))
   except (ValueError, ZeroDivisionError):
     return None
   return number / 100 if percent else number
 
 
+def _literal(number: str) -> fractions.Fraction:
+  """As it is written: 0.1 is a tenth. Raises ValueError for what has more than a small exponent."""
+  power = re.search(r'[eE]([-+]?\d+)$', number)
+  if power and abs(int(power[1])) > EXPONENT:
+    raise ValueError(f'{number[:60]!r} has an exponent that is not of {EXPONENT} at most')
+  return fractions.Fraction(number)
+
+
 def _value(node: ast.expr, expression: str) -> fractions.Fraction:
   if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-    # As it is written: 0.1 is a tenth.
-    return fractions.Fraction(ast.get_source_segment(expression, node).replace('_', ''))
+    return _literal(ast.get_source_segment(expression, node).replace('_', ''))
   if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
     of = _value(node.operand, expression)
     return -of if isinstance(node.op, ast.USub) else of

@@ -19,6 +19,7 @@ from evaluation.arithmetic import agree, last_number, value
     ('-2 ** 2', -4),
     ('2 ** -2', Fraction(1, 4)),
     ('1 / 3', Fraction(1, 3)),
+    ('1e3 + 2.5E-1', Fraction(4001, 4)),
   ],
 )
 def test_values_are_exact(text, expected):
@@ -35,6 +36,10 @@ def test_values_are_exact(text, expected):
     '2 ** 65',
     '9 ** 64 ** 2',
     '((9 ** 64) ** 64) ** 64',
+    '1e65',
+    '1e999999999',
+    '2 + 1e-999999999',
+    '1_0e9_9_9_9_9_9_9_9_9',
     '9' * 31,
     '(' * 50 + '1' + ')' * 50,
     '-' * 150 + '1',
@@ -64,6 +69,11 @@ def test_what_is_no_bounded_expression_is_refused(text):
     ('from 5-3 of them', 3),
     ('about 12.5%', Fraction(1, 8)),
     ('3/4', Fraction(3, 4)),
+    ('it is 1e3', 1000),
+    ('from 5-2.5e-1 of them', Fraction(1, 4)),
+    ('1.5e1%', Fraction(3, 20)),
+    ('a digest of 1e3f', 3),
+    ('1e999999999', None),
     ('none at all', None),
     ('1/0', None),
     ('7' * 40, None),
@@ -77,6 +87,8 @@ def test_rewards_of_the_configs():
   assert arithmetic.reward('That makes 36.0', {'answer': 'first 40 - 4\n#### 36'}) == 1.0
   assert arithmetic.reward('That makes 35', {'answer': 36}) == 0.0
   assert arithmetic.reward('I do not know', {'answer': '6 * 6'}) == 0.0
+  assert arithmetic.reward('1e3', {'answer': 1000}) == 1.0
+  assert arithmetic.reward('1e3', {'answer': 3}) == 0.0
   with pytest.raises(ValueError):
     arithmetic.reward('36', {'answer': 'many'})
   assert matches.reward(' abc\n', {'pattern': '[a-c]+'}) == 1.0
