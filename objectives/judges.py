@@ -8,6 +8,7 @@ R answers · J judges
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,12 +21,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from data.prompts import Prompt
+from objectives.judging import MOST
 from parallel.gathering import of_first
 
 WORKERS = 4  # processes that run a file's function at a time
@@ -77,9 +79,9 @@ class Judge(Protocol):
 
 
 class Worker:
-  """A process that runs the function of a file (objectives/judging.py)."""
+  """A process that runs the function of a file, as its content was (objectives/judging.py)."""
 
-  def __init__(self, path: str):
+  def __init__(self, path: str, content: bytes):
     before = os.environ.get('PYTHONPATH', '')
     environment = os.environ | {'PYTHONPATH': f'{ROOT}{os.pathsep}{before}'}
     self._process = subprocess.Popen(
@@ -90,17 +92,21 @@ class Worker:
       start_new_session=True,  # Ctrl-C is the trainer's to hear
     )
     self._unread = b''
+    self._content = content
 
   def ready(self) -> str:
     """Waits until it can be asked; why it cannot, or ''."""
+    self._say(self._content.decode('latin-1'))
     return self._line(START_SECONDS).get('error', '')
 
   def judged(self, answer: Answer, seconds: float) -> dict:
     """What it says of an answer. Raises TimeoutError, after which it is no more to be asked."""
-    asked = json.dumps({'text': answer.text, 'record': answer.prompt.row}, default=str)
-    self._process.stdin.write(asked.encode() + b'\n')
-    self._process.stdin.flush()
+    self._say({'text': answer.text, 'record': answer.prompt.row})
     return self._line(seconds)
+
+  def _say(self, content: Any) -> None:
+    self._process.stdin.write(json.dumps(content, default=str).encode() + b'\n')
+    self._process.stdin.flush()
 
   def _line(self, seconds: float) -> dict:
     # Not a blocking read: only the wait for a file descriptor has a limit.
@@ -120,14 +126,15 @@ class Worker:
   def kill(self) -> None:
     self._process.kill()
     self._process.wait()
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # of what it was told last, and did not read
+      self._process.stdin.close()
     self._process.stdout.close()
 
 
 class FileJudge:
   """The function reward(text, record) -> float of a Python file, in processes of its own, so that
   it may take its time, hang or exit. It is to be a function of these two alone: which of the
-  processes calls it, and in which order, is not said.
+  processes calls it, and in which order, is not said. Edited later, it is still what it was.
 
   Raises ValueError for a file that has no such function.
   """
@@ -139,21 +146,26 @@ class FileJudge:
     self._waiting: list[concurrent.futures.Future] = []
     # A run that ends, however it does, leaves no processes behind.
     self.close = weakref.finalize(self, _end, self._threads, self._workers)
-    first = Worker(path)
-    try:
-      problem = first.ready()
-    except (TimeoutError, EOFError) as error:
-      problem = (
-        f'its imports took more than {START_SECONDS:g} s'
-        if isinstance(error, TimeoutError)
-        else 'it ended its process'
-      )
-    first.kill()
+    problem = f'{path} is no Python file'
+    if pathlib.Path(path).is_file():
+      self._content = pathlib.Path(path).read_bytes()
+      problem = self._problem()
     if problem:
       self.close()
       raise ValueError(f'objective.reward={path} cannot be used: {problem}')
-    content = pathlib.Path(path).read_bytes()
-    self.of = {'digest': hashlib.blake2b(content, digest_size=16).hexdigest()}
+    self.of = {'digest': hashlib.blake2b(self._content, digest_size=16).hexdigest()}
+
+  def _problem(self) -> str:
+    """Why the file cannot judge, or ''."""
+    first = Worker(self._path, self._content)
+    try:
+      return first.ready()
+    except TimeoutError:
+      return f'its imports took more than {START_SECONDS:g} s'
+    except (BrokenPipeError, EOFError):
+      return 'it ended its process'
+    finally:
+      first.kill()
 
   def submit(self, answer: Answer) -> None:
     self._waiting.append(self._threads.submit(self._judge, answer))
@@ -167,7 +179,7 @@ class FileJudge:
     thread = threading.get_ident()
     try:
       if thread not in self._workers:
-        self._workers[thread] = Worker(self._path)
+        self._workers[thread] = Worker(self._path, self._content)
         if problem := self._workers[thread].ready():
           raise OSError(problem)
       return Verdict(**self._workers[thread].judged(answer, self._seconds))
@@ -189,7 +201,7 @@ def _end(threads: concurrent.futures.ThreadPoolExecutor, workers: dict[int, Work
 class ModelJudge:
   """A reward model, which reads prompt and answer as they are, its end too.
 
-  scores: (ids of texts) -> rewards, as workdir.reward.RewardModel.scores. of: see Judge.
+  scores: (ids of texts) -> rewards, as workdir.reward.RewardModel.said. of: see Judge.
   """
 
   def __init__(self, name: str, scores: Callable[[Sequence[Sequence[int]]], np.ndarray], of: dict):
@@ -201,10 +213,16 @@ class ModelJudge:
 
   def verdicts(self) -> list[Verdict]:
     waiting, self._waiting = self._waiting, []
-    return [Verdict(float(score)) for score in self._scores(waiting)] if waiting else []
+    return [_verdict(float(score)) for score in self._scores(waiting)] if waiting else []
 
   def close(self) -> None:
     pass
+
+
+def _verdict(score: float) -> Verdict:
+  if not abs(score) <= MOST:
+    return Verdict(error=f'it said {score}, which is no finite number of float32')
+  return Verdict(score)
 
 
 @dataclasses.dataclass(frozen=True)

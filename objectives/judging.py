@@ -1,28 +1,29 @@
 """What calls a reward function that a person wrote, apart from training? A process of its own,
 which may hang, exit or print what it likes: python -m objectives.judging FILE.
 
-A line of JSON comes in for each answer, {"text": .., "record": ..}, and one goes out:
-{"score": number} or {"error": text}. Imports nothing of the project.
+What the file holds comes in first, as a line of JSON: whoever asks knows what judges, though the
+file may be edited meanwhile. Then a line for each answer, {"text": .., "record": ..}; one goes out
+for each: {"score": number} or {"error": text}. Imports nothing of the project.
 """
 
-import importlib.util
 import json
 import math
 import os
 import sys
+import types
 from collections.abc import Callable
 
 FUNCTION = 'reward'
 MOST = 3e38  # as float32 holds, in which answers are credited
 
 
-def loaded(path: str) -> Callable[[str, dict], float]:
-  """The function of a file. Raises ValueError where it has none; what the file raises passes."""
-  spec = importlib.util.spec_from_file_location('reward_file', path)
-  if spec is None or not os.path.isfile(path):
-    raise ValueError(f'{path} is no Python file')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+def loaded(path: str, content: bytes) -> Callable[[str, dict], float]:
+  """The function of a file that holds this. Raises ValueError where it has none; what the file
+  raises passes.
+  """
+  module = types.ModuleType('reward_file')
+  module.__file__ = path
+  exec(compile(content, path, 'exec'), vars(module))
   function = getattr(module, FUNCTION, None)
   if not callable(function):
     raise ValueError(
@@ -54,7 +55,8 @@ def main(path: str) -> None:
     answers.flush()
 
   try:
-    function = loaded(path)
+    # A character a byte, since what encoding a file is in is for Python to find.
+    function = loaded(path, json.loads(sys.stdin.readline()).encode('latin-1'))
   except Exception as error:
     say({'error': f'{type(error).__name__}: {error}'})
     return

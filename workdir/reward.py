@@ -57,11 +57,18 @@ class RewardModel:
     return {'digest': self.digest, 'gain': self.gain, 'bias': self.bias}
 
   def scores(self, ids: Sequence[Sequence[int]]) -> Float[np.ndarray, 'N']:
-    """Rewards of texts, each the ids of a prompt with its answer and the end of it, f64. What a
-    text is worth depends on nothing but itself.
+    """As `said`. Raises FloatingPointError where a reward is not finite, besides."""
+    scores = self.said(ids)
+    if not np.isfinite(scores).all():
+      which = int(np.flatnonzero(~np.isfinite(scores))[0])
+      raise FloatingPointError(f'the reward of text {which} is {scores[which]}')
+    return scores
 
-    Raises ValueError for texts that are longer than the model reads, FloatingPointError where a
-    reward is not finite.
+  def said(self, ids: Sequence[Sequence[int]]) -> Float[np.ndarray, 'N']:
+    """Rewards of texts, each the ids of a prompt with its answer and the end of it, f64, whatever
+    they are. What a text is worth depends on nothing but itself.
+
+    Raises ValueError for texts that are longer than the model reads.
     """
     longest = max(map(len, ids))
     if longest > self.model.context:
@@ -69,11 +76,7 @@ class RewardModel:
         f'a text of {longest} tokens is longer than the {self.model.context} that the reward model '
         'reads; cut it where its prompt begins, or train one with a larger model.max_length'
       )
-    scores = self.gain * scores_of(self.model, self.head, ids)[:, 0] + self.bias
-    if not np.isfinite(scores).all():
-      which = int(np.flatnonzero(~np.isfinite(scores))[0])
-      raise FloatingPointError(f'the reward of text {which} is {scores[which]}')
-    return scores
+    return self.gain * scores_of(self.model, self.head, ids)[:, 0] + self.bias
 
 
 def open_reward(

@@ -53,8 +53,8 @@ class RunStage:
     objective, data = config.objective, config.data
     self.prompts, self.judges, self.log = prompts, judges, log
     self.seed, self.dtype = config.train.seed, config.model.execution.dtype
-    self._config, self._mesh, self._path = config, mesh, workdir / FILE
-    self._noted = False
+    self._config, self._mesh = config, mesh
+    self._journal = RolloutJournal(workdir / FILE, log)
     self._writing, written_by = _writing(config, mesh)
     self._actor = Actor(
       written_by,
@@ -93,13 +93,30 @@ class RunStage:
       return everywhere(self._said(models, self._put(batch.cut(self._put.rows)), names_))
 
   def note(self, rollout: int, content: dict) -> None:
-    if jax.process_index():
-      return
-    if not self._noted:
-      # What a run that was interrupted wrote behind the checkpoint that it goes on from.
-      kept = [line for line in read(self._path) if line['rollout'] < rollout]
+    if not jax.process_index():
+      self._journal.note(rollout, content)
+
+
+class RolloutJournal:
+  """What a run has written of its rollouts, and goes on with from whatever checkpoint."""
+
+  def __init__(self, path: pathlib.Path, log: Callable[[str], Any]):
+    self._path, self._log, self._begun = path, log, False
+
+  def note(self, rollout: int, content: dict) -> None:
+    """Another line, of a rollout behind all before. What the file has of this one and later ones
+    is another history's, and goes.
+    """
+    if not self._begun:
+      lines = read(self._path)
+      kept = [line for line in lines if line['rollout'] < rollout]
+      if len(kept) < len(lines):
+        self._log(
+          f'{len(lines) - len(kept)} lines of {self._path} are dropped, of rollouts from {rollout} '
+          'on: this run goes on from before them, or begins them anew with other prompts or rewards'
+        )
       files.replace(self._path, ''.join(json.dumps(line) + '\n' for line in kept))
-      self._noted = True
+      self._begun = True
     with self._path.open('a') as file:
       file.write(json.dumps(content) + '\n')
 
@@ -155,7 +172,7 @@ def _judge(config: Config, reward: str, prepared: Prompts, mesh):
       f'has up to data.sequence_length={config.data.sequence_length}; lower that, or train it with '
       'a larger model.max_length'
     )
-  return ModelJudge(reward, model.scores, model.of)
+  return ModelJudge(reward, model.said, model.of)
 
 
 def _check(config: Config) -> None:

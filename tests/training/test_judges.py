@@ -91,6 +91,20 @@ def test_a_model_reads_prompt_and_answer():
   assert judges.scores().each.shape == (1, 0)  # each is asked for once
 
 
+def test_a_model_that_says_no_number_gives_no_score():
+  """Told and counted as a file's, each by its prompt; the others have theirs."""
+  said = [0.5, np.nan, -np.inf, 1e39, -2.0]
+  judges = Judges([ModelJudge('runs/reward', lambda ids: np.array(said), {})], [1.0])
+  for text in 'abcde':
+    judges.submit(Answer(PROMPT, (8, 2), text))
+  made = judges.scores()
+  np.testing.assert_array_equal(made.each, [[0.5, np.nan, np.nan, np.nan, -2.0]])
+  assert len(made.failures) == 3
+  for failure, text, value in zip(made.failures, 'bcd', ('nan', '-inf', '1e+39')):
+    assert f"runs/reward gave no reward to an answer to asked.jsonl:7 ('{text}')" in failure
+    assert f'it said {value}, which is no finite number' in failure
+
+
 def test_another_reward_is_told_from_the_one_before(tmp_path):
   path = tmp_path / 'own.py'
   said = []
@@ -101,6 +115,26 @@ def test_another_reward_is_told_from_the_one_before(tmp_path):
     judge.close()
   assert said[0] == said[2] != said[1] and said[1]['runs/reward'] == {'gain': 2.0}
   assert said[0].keys() == {str(path), 'runs/reward'}
+
+
+def test_a_file_that_is_edited_judges_as_it_was(tmp_path):
+  """All answers, those of processes that begin later too, by what the run says that it learned
+  from; whatever encoding the file is in.
+  """
+  path = tmp_path / 'own.py'
+  source = '# coding: latin-1\nimport os\ndef reward(text, record):\n  {}  # \xe9\n'
+  body = "return os._exit(1) if text == 'exits' else float(len('\xe9'))"
+  path.write_text(source.format(body), 'latin-1')
+  judges = Judges([FileJudge(str(path), 20.0)], [1.0])
+  of = judges.of
+  try:
+    path.write_text('def reward(text, record): return 2.0')
+    for text in ['ok', *['exits'] * 8, *['ok'] * 8]:
+      judges.submit(Answer(PROMPT, (1, 2), text))
+    assert judges.scores().each[0, [0, *range(9, 17)]].tolist() == [1.0] * 9
+  finally:
+    judges.close()
+  assert judges.of == of
 
 
 def test_sums_of_several():
