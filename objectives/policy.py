@@ -242,11 +242,13 @@ class OfRollouts(OfOwnText):
     return self.answer_sums(batch)
 
   def verdict(self, sums, prepared):
-    """`validation_loss`, the mean reward with its sign turned; `validation_reward`,
+    """`validation_loss`, the mean reward with its sign turned; `validation_reward`, of the answers
+    that have one, `validation_failed_rewards`, the share of those that have none;
     `validation_answer_length`, `validation_ended`.
     """
     del prepared
     said = {f'validation_{name}': float(x) for name, x in self.of_answers(sums).items()}
+    said['validation_failed_rewards'] = float(sums['failed'] / or_one(sums['last']))
     return {'validation_loss': -said['validation_reward'], **said}
 
   def score_policy(self, models, batch) -> 'Reading':

@@ -17,7 +17,7 @@ R answers of a rollout · B rows of a batch · T length
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -76,13 +76,27 @@ class Stage(Protocol):
     """Keeps what a rollout was, for who reads the run."""
 
 
+class Replaced(NamedTuple):
+  """Answers that others stand in the place of: how many, their tokens, and of how many there was no
+  reward.
+  """
+
+  answers: int = 0
+  tokens: int = 0
+  failed: int = 0
+
+  def beside(self, other: 'Replaced') -> 'Replaced':
+    return Replaced(*map(sum, zip(self, other)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Answered:
   """Some answers, groups side by side, before they are credited.
 
   Attributes:
     asked, written: of each. scores: f64 [R], NaN where there is none. failures: why.
-    seconds: of each phase.
+    seconds: of each phase. replaced: answers that these stand in the place of, which took their
+      share of the seconds.
   """
 
   asked: list[Question]
@@ -90,15 +104,23 @@ class Answered:
   scores: np.ndarray
   failures: list[str]
   seconds: dict[str, float]
+  replaced: Replaced = Replaced()
 
   def groups(self, chosen: Sequence[int], size: int) -> 'Answered':
-    """Of groups of this size these alone."""
+    """Of groups of this size these alone; the others are to be replaced."""
     rows = [group * size + i for group in chosen for i in range(size)]
+    left_out = sorted({*range(len(self.asked))} - {*rows})
+    replaced = Replaced(
+      len(left_out),
+      sum(len(self.written[i].ids) for i in left_out),
+      int(np.isnan(self.scores[left_out]).sum()),
+    )
     return dataclasses.replace(
       self,
       asked=[self.asked[i] for i in rows],
       written=[self.written[i] for i in rows],
       scores=self.scores[rows],
+      replaced=self.replaced.beside(replaced),
     )
 
   def joined(self, other: 'Answered') -> 'Answered':
@@ -109,11 +131,13 @@ class Answered:
       np.concatenate([self.scores, other.scores]),
       self.failures + other.failures,
       seconds,
+      self.replaced.beside(other.replaced),
     )
 
   @property
   def tokens(self) -> int:
-    return sum(len(written.ids) for written in self.written)
+    """All that were written in the seconds."""
+    return sum(len(written.ids) for written in self.written) + self.replaced.tokens
 
 
 def answered(
@@ -200,10 +224,11 @@ class Rollouts:
 
   def take(self, state) -> RolloutBatch:
     """The next batch of this rollout, or the first one of the next."""
-    if self._left and len(self._left) % self._settings.minibatches == 0 and self._strayed(state):
-      self._left = []
+    minibatches, dropped = self._settings.minibatches, 0
+    if self._left and len(self._left) % minibatches == 0 and self._strayed(state):
+      dropped, self._left = len(self._left) // minibatches, []
     if not self._left:
-      self._begin(state.models)
+      self._begin(state.models, dropped)
     chosen = self._left.pop(0)
     return self._batch.cut([chosen[row] for row in self._rows])
 
@@ -256,8 +281,8 @@ class Rollouts:
       **self._form.sizes,
     }
 
-  def _begin(self, models: Mapping[str, Any]) -> None:
-    """A rollout."""
+  def _begin(self, models: Mapping[str, Any], dropped: int) -> None:
+    """A rollout. dropped: epochs of the one before it that were not gone through."""
     settings, B = self._settings, self._config.batch_size
     answers = self._answers(models, B * settings.minibatches // settings.group)
     for line in answers.failures[:3]:
@@ -275,11 +300,11 @@ class Rollouts:
     asked = settings.asked_of(first=not self._checked)
     said = self._said(models, batch, asked)
     if not self._checked:
-      self._check(batch, said[POLICY])
-      self._checked = True
+      self._checked = self._check(batch, said[POLICY])
     batch, more = settings.credited(batch, said, self._coefficient)
     seconds = answers.seconds | {'score': time.perf_counter() - began}
-    self._note(answers, batch, seconds, more)
+    stopped = {'dropped_epochs': dropped} if settings.stop_kl else {}
+    self._note(answers, batch, seconds, more | stopped)
     self._coefficient = more.pop('next_coefficient', self._coefficient)
 
     orders = np.random.default_rng([self._stage.seed, 1, self._rollouts])
@@ -331,14 +356,22 @@ class Rollouts:
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
-  def _check(self, batch: RolloutBatch, policy: np.ndarray) -> None:
-    """Raises FloatingPointError where sampler and trainer do not agree about the policy."""
+  def _check(self, batch: RolloutBatch, policy: np.ndarray) -> bool:
+    """Whether anything was there to compare. Raises FloatingPointError where sampler and trainer
+    do not agree about the policy.
+    """
     counted = batch.weights > 0
+    if not counted.any():
+      self._stage.log(
+        f'WARNING: no answer of rollout {self._rollouts} counts: nothing is learned from it, and '
+        'sampler and trainer are compared at the next one'
+      )
+      return False
     drift = np.where(counted, np.abs(policy - batch.behaviour), 0.0)
     most, limit = float(drift.max()), DRIFT[self._stage.dtype]
     self._stage.log(
       f'rollout: sampler and trainer agree on log-probabilities to {most:.2g} nats (on average '
-      f'{drift.sum() / max(counted.sum(), 1):.2g}; limit {limit:g} in {self._stage.dtype})'
+      f'{drift.sum() / counted.sum():.2g}; limit {limit:g} in {self._stage.dtype})'
     )
     if not most <= limit:
       row, column = np.unravel_index(int(drift.argmax()), drift.shape)
@@ -348,31 +381,45 @@ class Rollouts:
         'what was written. On hardware whose f32 products are of lower precision set '
         "model.execution.dtype='bfloat16', or JAX_DEFAULT_MATMUL_PRECISION=highest"
       )
+    return True
 
   def _strayed(self, state) -> bool:
-    """Whether the policy is too far from what it was for another epoch."""
+    """Whether the policy is too far from what it was for another epoch; if so, it is told."""
     settings = self._settings
     if not settings.stop_kl:
       return False
     policy = self._said(state.models, self._batch, (POLICY,))[POLICY]
     counted = self._batch.weights > 0
     moved = advantage.kl(self._batch.behaviour, policy, advantage.UNBIASED)
-    return float(np.where(counted, moved, 0).sum() / max(counted.sum(), 1)) > settings.stop_kl
+    moved = float(np.where(counted, moved, 0).sum() / max(counted.sum(), 1))
+    if not moved > settings.stop_kl:
+      return False
+    left = len(self._left) // settings.minibatches
+    self._stage.log(
+      f'rollout {self._rollouts - 1}: {left} of objective.epochs={settings.epochs} are dropped, as '
+      f'the policy has moved by {moved:.3g} nats a token, more than objective.stop_kl='
+      f'{settings.stop_kl:g}'
+    )
+    return True
 
   def _note(self, answers: Answered, batch: RolloutBatch, seconds: dict, more: dict) -> None:
     shown = range(min(self._settings.group, 4))
+    # JSON has no NaN.
+    rewards = [float(x) if np.isfinite(x) else None for x in answers.scores[shown]]
+    replaced = {'replaced': answers.replaced.answers} if self._settings.resamplings else {}
     self._stage.note(
       self._rollouts,
       {
         'rollout': self._rollouts,
         'prompt': answers.asked[0].prompt.text,
         'answers': [self._stage.text(answers.written[i].ids) for i in shown],
-        'rewards': [float(answers.scores[i]) for i in shown],
+        'rewards': rewards,
         'reward': float(np.nanmean(answers.scores)),
         'tokens': answers.tokens,
-        'failed': int(batch.failed.sum()),
+        'failed': int(batch.failed.sum()) + answers.replaced.failed,
         'equal': int(batch.equal.sum()),
         'seconds': seconds,
+        **replaced,
         **more,
       },
     )

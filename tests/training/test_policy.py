@@ -364,8 +364,9 @@ def test_answers_without_any_reward_have_none():
   objective = dataclasses.replace(PENALISED, reward=('r.py',))
   said = objective.verdict(sums, None)
   assert math.isnan(said['validation_reward']) and math.isnan(said['validation_loss'])
+  assert said['validation_failed_rewards'] == 1
   said = objective.verdict(sums | {'failed': 6.0, 'scores': 3.0}, None)
-  assert said['validation_reward'] == 1.5
+  assert said['validation_reward'] == 1.5 and said['validation_failed_rewards'] == 0.75
 
 
 def test_models_that_write_no_text_are_refused():

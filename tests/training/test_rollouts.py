@@ -4,7 +4,9 @@ stopped?
 """
 
 import dataclasses
+import gc
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +123,58 @@ def test_rows_are_what_was_written(place, tmp_path):
     assert batch.scores[row, n - 1] == np.float32(expected) and batch.last[row, n - 1] == 1
     groups.append(prompt)
   assert all(len(set(groups[i : i + 4])) == 1 for i in range(0, 16, 4))
+
+
+@pytest.mark.slow
+def test_weights_that_write_go_with_their_rollout(place, tmp_path):
+  """Before a step learns from it; the next one is of the step's weights, with the same programs."""
+  with Started(config(place, FAMILY), tmp_path) as run:
+    alive, make, engine = [], run.stage._writing, run.stage._actor._engine
+
+    def recorded(models):
+      weights = make(models)
+      alive.extend(map(weakref.ref, jax.tree.leaves(weights)))
+      return weights
+
+    run.stage._writing = recorded
+    run.rollouts.take(run.state)
+    gc.collect()
+    assert alive and not [x for x in alive if x() is not None]
+    programs = dict(engine._programs)
+    moved = jax.tree.map(lambda x: x * jnp.asarray(1.5, x.dtype), run.state.models['policy'])
+    models = run.state.models | {'policy': moved}
+    run.rollouts._left = []
+    run.rollouts.take(dataclasses.replace(run.state, models=models))
+    assert engine._programs == programs
+    batch = run.rollouts._batch.cut(range(8))
+    said = run.stage.said(models, batch, ('policy',))['policy']
+  np.testing.assert_allclose(said, np.where(batch.weights > 0, batch.behaviour, 0), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_rewards_are_scaled_by_group_and_weighed(place, tmp_path):
+  """As the config says: each over its group, then by its weight."""
+  for name, body in (
+    ('length', 'float(len(text))'),
+    ('letters', 'sum(c < "m" for c in text) ** 2'),
+  ):
+    (tmp_path / f'{name}.py').write_text(f'def reward(text, record):\n  return {body}\n')
+  rewards = tuple(str(tmp_path / f'{name}.py') for name in ('length', 'letters'))
+  made = config(place, dataclasses.replace(FAMILY, reward_scale='group'))
+  objective = dataclasses.replace(made.objective, reward=rewards, reward_weights=(2.0, -0.5))
+  with Started(dataclasses.replace(made, objective=objective), tmp_path) as run:
+    run.rollouts.take(run.state)
+    batch, text = run.rollouts._batch, run.stage.text
+  texts = []
+  for ids, counted in zip(batch.targets, batch.weights > 0):
+    answer = ids[counted].tolist()
+    texts.append(text(answer[:-1] if answer[-1] == ByteTokenizer().eos else answer))
+  each = [[len(text), sum(c < 'm' for c in text) ** 2] for text in texts]
+  groups = np.array(each, np.float64).reshape(4, 4, 2)
+  spread = groups.std(1, ddof=1, keepdims=True) + 1e-6
+  expected = ((groups - groups.mean(1, keepdims=True)) / spread) @ [2.0, -0.5]
+  assert (groups.std(1) > 0).all(1).any()
+  np.testing.assert_allclose(batch.scores.sum(1), expected.ravel(), atol=1e-5)
 
 
 @pytest.mark.slow
