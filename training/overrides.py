@@ -7,6 +7,7 @@ check of every part runs again. Two fields are read before the others, because t
 others may be: `init` and `objective.kind`.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -56,6 +57,7 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
 
   def parse(self, path):
     if path.endswith('.json'):  # a run's own
+      _check_own(path)
       if _first(_given(), 'init', 'DIRECTORY'):
         raise ValueError(
           f'--config.init begins a run, and {path} is of one that has begun: name a config'
@@ -111,6 +113,17 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     return config
 
 
+def _check_own(path: str) -> None:
+  """Raises ValueError for JSON of another name than a run's own config has: a seal and checkpoints
+  tell of that file, and nothing of a copy beside it.
+  """
+  if pathlib.PurePath(path).name != FILE:
+    raise ValueError(
+      f"--config={path}: of JSON only a run's own {FILE} is read; name that one and override its "
+      'fields by flags, --config.a.b=value'
+    )
+
+
 def _given() -> list[str]:
   """The overrides on the command line, without '--config.'."""
   return [x.removeprefix('--config.') for x in sys.argv if x.startswith('--config.')]
@@ -161,9 +174,13 @@ def _as_tuple(argument: str) -> str:
   path, _, value = argument.removeprefix('--config.').partition('=')
   if ',' not in value or not re.fullmatch(r'[^()\[\]\'"]*', value):
     return argument
-  if not names.imported('training.reference.is_tuple')(path):
+  kind = names.imported('training.reference.item_type')(path)
+  if kind is None:
     return argument
-  return f'--config.{path}={tuple(filter(None, value.split(",")))!r}'
+  items = [item for item in value.split(',') if item]
+  with contextlib.suppress(ValueError):  # as text, of which the field says that it is no number
+    items = [kind(item) for item in items]
+  return f'--config.{path}={tuple(items)!r}'
 
 
 def _place(file: str, error: Exception) -> str:

@@ -24,6 +24,9 @@ CONFIGS = ROOT / 'configs'
 SWITCHES = {'model.latent': 'width', 'model.moe': 'experts', 'adapter': 'kind'}
 SWITCHES['evaluation'] = 'tasks'
 # What of rotary positions is read by each way to stretch them, besides the frequencies.
+# The types of fields that hold several values, by what is said of them.
+BY_COMMAS = '{}s, by commas'
+SEVERAL = {BY_COMMAS.format(item.__name__): item for item in (str, int, float)}
 STRETCHED = {'none': (), 'linear': ('factor',)}
 STRETCHED['llama3'] = ('factor', 'original_length', 'low', 'high')
 STRETCHED['yarn'] = (*STRETCHED['llama3'], 'attention_factor', 'truncate')
@@ -109,10 +112,12 @@ def _reads(config, path):
   return name not in ('relative_buckets', 'relative_distance') or model.position == 'relative'
 
 
-def is_tuple(path: str) -> bool:
-  """Whether the field of a path, such as 'train.trained', holds several values."""
+def item_type(path: str) -> type | None:
+  """Of what the field of a path, such as 'train.trained', holds several values; None where it holds
+  one.
+  """
   path = re.sub(r'\[\d+\]', '[0]', path)
-  return any(field.path == path and field.type.endswith('by commas') for field in fields())
+  return next((SEVERAL[x.type] for x in fields() if x.path == path and x.type in SEVERAL), None)
 
 
 def text(width: int = 100) -> str:
@@ -151,7 +156,7 @@ def configs() -> str:
 
 def _type(hint) -> str:
   if typing.get_origin(hint) is tuple:
-    return f'{typing.get_args(hint)[0].__name__}s, by commas'
+    return BY_COMMAS.format(typing.get_args(hint)[0].__name__)
   return getattr(hint, '__name__', str(hint))
 
 

@@ -1,5 +1,6 @@
 """Does the command line show every field of a config, and take what it shows?"""
 
+import ast
 import collections
 import dataclasses
 import os
@@ -11,6 +12,7 @@ import jax
 import pytest
 from absl import flags
 
+from data.tokenizers import ByteTokenizer
 from objectives import kinds
 from parallel.mesh import make_mesh
 from parallel.pipeline import PipelineConfig
@@ -95,6 +97,32 @@ def test_several_values_come_by_commas_and_sources_by_number(parse):
   assert [source.path for source in config.data.sources[1:]] == ['a,b.txt', 'c.txt']
   with pytest.raises(flags.Error, match='no item 3'):
     parse('--config=tiny', '--config.data.sources[3].path=c.txt')
+
+
+def test_numbers_come_by_commas_too(parse, tmp_path):
+  configs.save(tiny(model={'max_length': 2048}), tmp_path)
+  ByteTokenizer().save(tmp_path / 'tokenizer')
+  judged = ('--config=grpo', f'--config.init={tmp_path}', '--config.objective.reward=a.py,b.py')
+  config = parse(*judged, '--config.objective.reward_weights=1,0.5')
+  assert config.objective.reward_weights == (1.0, 0.5)
+  with pytest.raises(ValueError, match="reward_weights.0.='1' is str, must be float"):
+    parse(*judged, '--config.objective.reward_weights=1,x')
+  several = [field for field in reference.fields() if field.type.endswith('by commas')]
+  assert len({field.path for field in several}) > 10
+  for field in several:
+    value = ast.literal_eval(overrides._as_tuple(f'--config.{field.path}=1,2').partition('=')[2])
+    assert len(value) == 2 and {reference.BY_COMMAS.format(type(x).__name__) for x in value} == {
+      field.type
+    }, field.path
+
+
+def test_of_json_a_runs_own_config_alone_is_read(parse, tmp_path):
+  configs.save(tiny(), tmp_path)
+  other = tmp_path / 'wide.json'
+  other.write_text((tmp_path / configs.FILE).read_text().replace('"width": 32', '"width": 64'))
+  with pytest.raises(flags.Error, match=r"wide\.json: of JSON only a run's own config\.json"):
+    parse(f'--config={other}')
+  assert parse(f'--config={tmp_path / configs.FILE}') == tiny()
 
 
 @pytest.mark.costly
