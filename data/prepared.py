@@ -5,7 +5,7 @@ under a key of all that decided about them; made once, by whoever knows how.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -43,6 +43,27 @@ class Prepared:
     bits per byte = nats summed over validation / ln 2 / this.
     """
     return self.report['validation']['bytes']
+
+  def bytes_of(self, tokens: Mapping[str, float]) -> float:
+    """UTF-8 bytes of the held-out text in which so many tokens were predicted: exact for all of a
+    source, in proportion for a part.
+
+    Args:
+      tokens: of each source by its name in validation.parts, or by '' of all together.
+    """
+    if '' in tokens:
+      pairs = self.report['packing']['validation']['pairs']
+      return self.validation_bytes * tokens[''] / pairs
+    offsets = np.load(self.directories[0] / 'validation.text.npy', mmap_mode='r')
+    entries, total = self.report['validation']['shards'], 0.0
+    ends = np.cumsum([0, *(entry['documents'] for entry in entries)])
+    for source, read in tokens.items():
+      part = self.validation.parts[source]
+      size = int(offsets[ends[part.stop]] - offsets[ends[part.start]])
+      # Every token of a document but its first is predicted once.
+      pairs = sum(entries[i]['tokens'] - entries[i]['documents'] for i in part)
+      total += size * read / pairs
+    return total
 
   @property
   def rows(self) -> int:

@@ -87,10 +87,10 @@ class NextToken(Objective):
   def verdict(self, sums, prepared):
     """`validation_loss` in nats a token, and `bits_per_byte` of the text that these are of."""
     nll, tokens = sums['nll'], sums['tokens']
-    # Bytes of the tokens read: exact for all of them, in proportion for a part.
-    pairs = prepared.report['packing']['validation']['pairs']
-    bytes_read = prepared.validation_bytes * tokens / pairs
-    return {'validation_loss': nll / tokens, 'bits_per_byte': nll / math.log(2) / bytes_read}
+    # Of sources whose tokens are longer and shorter, a part holds other shares than the whole.
+    apart = {name.partition('/')[2]: n for name, n in sums.items() if name.startswith('tokens/')}
+    size = prepared.bytes_of(apart or {'': tokens})
+    return {'validation_loss': nll / tokens, 'bits_per_byte': nll / math.log(2) / size}
 
 
 def token_metrics(sums: loss.Sums) -> dict[str, Array]:

@@ -239,7 +239,7 @@ class Objective:
 
   def verdict(self, sums: Mapping[str, float], prepared) -> dict[str, float]:
     """An evaluation from the sums of its batches; the best checkpoint has the lowest
-    `validation_loss`.
+    `validation_loss`. Where there are several sources, sums are also of each, as 'tokens/NAME'.
     """
     raise NotImplementedError
 

@@ -14,6 +14,8 @@ from data.compressors import compression_baselines
 from training import state as states
 from training.config import Config
 
+OF_EACH = ('validation_loss', 'validation_accuracy', 'bits_per_byte')  # said of each source, too
+
 
 def make_evaluate(config: Config, prepared, put):
   """The evaluation: (models, batches to read, 0 for all) -> `validation_loss` and what else the
@@ -85,13 +87,15 @@ def verdict_of(objective, prepared, sums: dict[str, Mapping]) -> dict[str, float
   """What the objective says of all sources together, and of each where there are several."""
   sums = {source: {name: float(x) for name, x in of.items()} for source, of in sums.items()}
   total = {name: sum(of[name] for of in sums.values()) for name in next(iter(sums.values()))}
+  apart = {
+    source: {f'{name}/{source}': x for name, x in of.items()}
+    for source, of in sums.items()
+    if len(sums) > 1
+  }
+  for of in apart.values():
+    total |= of
   verdict = objective.verdict(total, prepared)
-  for source, of in sums.items() if len(sums) > 1 else ():
-    # In nats and shares; the bytes of a text are known of all of them together.
-    said = objective.verdict(of, prepared)
-    verdict |= {
-      f'{name}/{source}': said[name]
-      for name in ('validation_loss', 'validation_accuracy')
-      if name in said
-    }
+  for source, of in apart.items():
+    said = objective.verdict(sums[source] | of, prepared)
+    verdict |= {f'{name}/{source}': said[name] for name in OF_EACH if name in said}
   return verdict

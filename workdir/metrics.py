@@ -52,7 +52,10 @@ KEYS = {
   ),
   'validation_accuracy': ('0 to 1', 'the same share of what was held out; not of next_token'),
   'completion_log_likelihood': ('nats an example', 'of held-out answers: the mean of their sums'),
-  'bits_per_byte': ('bits', 'the same per byte of the held-out text, whatever the tokenizer'),
+  'bits_per_byte': (
+    'bits',
+    'the same per byte of the held-out text, whatever the tokenizer; of each source, too',
+  ),
   'gzip_bits_per_byte': (
     'bits',
     'what gzip -9 takes for the same documents; with evaluations of all',

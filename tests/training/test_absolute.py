@@ -19,6 +19,7 @@ from model.params import abstract
 from objectives.next_token import NextToken
 from parallel.mesh import MeshConfig, make_mesh
 from tests.training.conftest import T, initial_model, run_here, tiny
+from training.evaluation import verdict_of
 from training.program import make_program
 from workdir.metrics import read_metrics
 
@@ -107,23 +108,50 @@ def test_bits_per_byte_are_bits_of_bytes(config, prepared, one_device):
   assert part['validation_loss'] != found['validation_loss']
 
 
-@pytest.mark.slow
-def test_each_source_is_judged_by_its_own_texts(config, one_device, tmp_path):
-  """What is held out of several sources: the nats of each one's texts, in no batch with others',
-  from the first batches on; and of all together by their tokens.
-  """
+@pytest.fixture(scope='module')
+def several(config, tmp_path_factory):
+  """Long texts and short ones, each a source that is held out; the config of both, prepared."""
   texts = {'long': [f'{i} aab' * 5 for i in range(9)], 'short': [f'b{i}' for i in range(90)]}
   held_out = []
   for name, own in texts.items():
-    path = tmp_path / name / 'a.jsonl'
+    path = tmp_path_factory.mktemp('several') / name / 'a.jsonl'
     path.parent.mkdir()
     path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in own))
     pattern = str(path.with_name('*.jsonl'))
     held_out.append(SourceConfig(kind='jsonl', path=pattern, text_field='text'))
   data = dataclasses.replace(config.data, validation=tuple(held_out), validation_fraction=0.0)
   config = dataclasses.replace(config, data=data)
-  prepared = prepare(config.data, log=lambda _: None)
+  return texts, config, prepare(config.data, log=lambda _: None)
 
+
+def test_bits_are_of_the_bytes_of_what_was_read(several):
+  """A part of the validation holds as much of each source, and not as much as the whole does."""
+  texts, config, prepared = several
+  size = {name: sum(map(len, own)) for name, own in texts.items()}
+  tokens = {name: size[name] + len(own) for name, own in texts.items()}
+
+  def bits(shares):
+    read = {name: np.float32(share * tokens[name]) for name, share in shares.items()}
+    sums = {name: {'nll': 2 * n, 'tokens': n} for name, n in read.items()}
+    return verdict_of(config.objective, prepared, sums)
+
+  for shares in ({'long': 1, 'short': 1}, {'long': 0.25, 'short': 0.75}):
+    said = bits(shares)
+    nats, read = (sum(of[name] * share for name, share in shares.items()) for of in (tokens, size))
+    assert said['bits_per_byte'] == pytest.approx(2 * nats / math.log(2) / read, rel=1e-6)
+    for name in texts:
+      ratio = 2 * tokens[name] / size[name] / math.log(2)
+      assert said[f'bits_per_byte/{name}'] == pytest.approx(ratio, rel=1e-6)
+  assert bits({'long': 1, 'short': 1})['bits_per_byte'] < 0.97 * said['bits_per_byte']
+  assert prepared.bytes_of({'': sum(tokens.values())}) == sum(size.values())
+
+
+@pytest.mark.slow
+def test_each_source_is_judged_by_its_own_texts(several, one_device):
+  """What is held out of several sources: the nats of each one's texts, in no batch with others',
+  from the first batches on; and of all together by their tokens.
+  """
+  texts, config, prepared = several
   shapes = abstract(lambda: transformer.init(config.model, 0), one_device)
   leaves = map(jnp.asarray, initial_model(config.model, 0))
   model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -137,6 +165,8 @@ def test_each_source_is_judged_by_its_own_texts(config, one_device, tmp_path):
   total, tokens = np.sum(sums, 0)
   assert of_all['validation_loss'] == pytest.approx(total / tokens, rel=1e-5)
   assert of_all['validation_loss/long'] != pytest.approx(of_all['validation_loss'], rel=1e-3)
+  size = sum(len(text) for own in texts.values() for text in own)
+  assert of_all['bits_per_byte'] == pytest.approx(total / math.log(2) / size, rel=1e-5)
   first_two = evaluate({'policy': model}, 2)
   assert first_two.keys() >= {'validation_loss/long', 'validation_loss/short'}
   assert evaluate({'policy': model}, 1) == first_two, 'one of each, however few are asked for'
