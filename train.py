@@ -249,6 +249,10 @@ def beginning(
   if ended:
     log(f'nothing to do: checkpoint {first} has reached {ended}; raise it to go on')
     return Beginning(first, None, Frozen(config, {}), progress, record)
+  if record and not allow_change:
+    # Of a run's own the tokenizer is compared with that of the data, and written anew.
+    own = seals.INHERITED if first else seals.OWN
+    names.imported('workdir.open.check_own')(record, workdir, own)
   if first:
     if 'run' not in record:
       log(
@@ -279,11 +283,14 @@ def claim(workdir: pathlib.Path, config: configs.Config, tokenizer, record: dict
   Raises ValueError where another process does not see it.
   """
   if jax.process_index() == 0:
-    for inherited in (files.place(config.init) / name for name in seals.INHERITED):
-      if config.init and inherited.is_file():
-        files.replace(workdir / inherited.name, inherited.read_bytes())
+    # Of a run that goes on they are its own, and an edit that was sealed there is meant.
+    for name in seals.INHERITED if config.init and not record else ():
+      if (inherited := files.place(config.init) / name).is_file():
+        files.replace(workdir / name, inherited.read_bytes())
     configs.save(config, workdir)
     seals.keep_tokenizer(tokenizer, workdir)
+    if record.get('step') == 0:
+      names.imported('workdir.reseal.bind_import')(record, workdir)
     seals.settle_metrics(record, workdir, log)
   hosts.check_shared(workdir / configs.FILE)
 

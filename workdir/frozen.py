@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 
+import files
 import names
 from model import params, transformer
 from training import state as states
-from training.config import Config, load
+from training.config import Config
 from training.state import TrainState
 from training.trainable import divided, joined, shared
 from workdir.checkpoint import Checkpoints
@@ -76,7 +77,7 @@ def begin(
       continue
     if not own:
       check_base(directory)
-    models[name], reference = read(config, name, directory, log)
+    models[name], reference = read(config, name, directory, log, own)
     frozen = jax.tree.leaves(rule.parted({name: models[name]})[1])
     if frozen and not own:
       references[name] = reference
@@ -90,19 +91,25 @@ def named(config: Config, name: str) -> str:
 
 
 def check_base(directory) -> None:
-  """Raises ValueError where no model begins with the run there."""
-  if load(directory).adapter.kind:
+  """Raises ValueError where no model begins with the run there, or its config is of another."""
+  if names.imported('workdir.open.config_of')(directory).adapter.kind:
     names.imported('workdir.adapted.refuse_as_base')(directory)
 
 
-def read(config: Config, name: str, directory: str, log) -> tuple[Any, dict]:
-  """A model with the parameters of the run there, and the reference of it."""
+def read(config: Config, name: str, directory: str, log, own: bool = False) -> tuple[Any, dict]:
+  """A model with the parameters of the run there, and the reference of it.
+
+  own: whether it is the run that goes on, whose files were looked at already.
+  Raises ValueError where the tokenizer there, or where it ends texts, is not the model's.
+  """
   log(
     f'beginning with the parameters of {directory}'
     + ('' if name == config.objective.main else f' as {name}')
   )
   checkpoints = Checkpoints(directory, log=log)
   step = checkpoints.latest()
+  if not own:
+    names.imported('workdir.open.check_own')(checkpoints.record(step), files.place(directory))
   model = checkpoints.model(_abstract(config, name), step)
   return _stored(model, states.roles(config)[name].stored), checkpoints.reference(step)
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,10 +116,12 @@ def config_of(workdir: str | os.PathLike) -> configs.Config:
   return config
 
 
-def check_own(record: Mapping[str, Any], workdir: pathlib.Path) -> None:
+def check_own(
+  record: Mapping[str, Any], workdir: pathlib.Path, of: Sequence[str] = seals.OWN
+) -> None:
   """Raises ValueError where the run's tokenizer, or where it ends texts, is not what it was."""
   run, now = record.get('run', {}), seals.own(workdir)
-  for name in seals.OWN:
+  for name in of:
     if name in run and run[name] != now[name]:
       raise ValueError(
         f'{workdir / name} was changed since checkpoint {record["step"]} was written; bring it '

@@ -1,7 +1,8 @@
-"""How does a person say that what was edited in a run's directory is meant?"""
+"""How is what was changed in a run's directory said to be meant, by a person or by training?"""
 
 import os
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import files
@@ -38,3 +39,14 @@ def reseal(workdir: str | os.PathLike, log: Callable[[str], Any]) -> None:
   log(f'{path}: sealed, with {len(checkpoints.steps())} checkpoints')
   for line in changed:
     log(f'  {line}')
+
+
+def bind_import(record: Mapping[str, Any], workdir: pathlib.Path) -> None:
+  """Binds the checkpoint of an import to the files that training on with it has: a template of
+  another's, or ids behind the tokenizer's own, are no change that nobody meant.
+
+  record: of checkpoint 0.
+  """
+  run = record.get('run', {})
+  if run and run != run | seals.own(workdir):
+    Checkpoints(workdir).amend(0, {'run': run | seals.own(workdir)})

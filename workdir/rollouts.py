@@ -35,9 +35,10 @@ def staged(config: Config, prepared: Prompts, workdir, log: Callable[[str], Any]
   """The prompts with all that rollouts of the run need, on the mesh in context.
 
   Raises NotImplementedError and ValueError for what a policy cannot write with, rewards that cannot
-  be read, and reward models of another tokenizer, or that read too little.
+  be read, reward models of another tokenizer, or that read too little, and a journal that is none.
   """
   _check(config)
+  read(files.place(workdir) / FILE)
   mesh = jax.sharding.get_mesh()
   judges = Judges(
     [_judge(config, reward, prepared, mesh) for reward in config.objective.reward],
@@ -127,7 +128,13 @@ def read(path: pathlib.Path) -> list[dict]:
   Raises ValueError for a file that holds something else.
   """
   lines = path.read_text().split('\n')[:-1] if path.exists() else []
-  return [files.json_object(line, f'{path}, line {i}') for i, line in enumerate(lines, 1)]
+  journal = []
+  for i, line in enumerate(lines, 1):
+    said = files.json_object(line, f'{path}, line {i}')
+    if not isinstance(said.get('rollout'), int):
+      raise ValueError(f'{path}, line {i} names no rollout: {line[:80]!r}; remove it to go on')
+    journal.append(said)
+  return journal
 
 
 def _writing(config: Config, mesh):

@@ -137,7 +137,8 @@ def settle_metrics(
   record: Mapping[str, Any], workdir: pathlib.Path, log: Callable[[str], Any]
 ) -> None:
   """Sees to it that metrics.jsonl holds what it held when a checkpoint was written, or begins
-  another one from the checkpoint's totals, and says so.
+  another one from the checkpoint's totals, and says so. Raises ValueError for a line behind that
+  which is none, naming it.
   """
   problem = metrics_problem(record, workdir)
   if problem:
@@ -147,6 +148,8 @@ def settle_metrics(
       f'WARNING: {problem}'
       + (f'; it is now {aside}' if aside else '')
       + f'. The curve begins at step {record["step"]}; tokens and hours count from its checkpoint'
+  # What was written behind the checkpoint is dropped by its steps, line by line.
+  metrics.read_metrics(workdir / metrics.FILE)
     )
 
 

@@ -94,6 +94,15 @@ class Started:
     self.mesh.__exit__(*error)
 
 
+@pytest.mark.parametrize(
+  'line, said', [('x', 'line 2 is not JSON'), ('{}', 'line 2 names no roll')]
+)
+def test_a_journal_that_is_none_is_named_before_anything_is_written(place, tmp_path, line, said):
+  (tmp_path / FILE).write_text('{"rollout": 0}\n' + line + '\n')
+  with pytest.raises(ValueError, match=f'{FILE}, {said}'):
+    staged(config(place, FAMILY), None, tmp_path, print)
+
+
 @pytest.mark.slow
 def test_rows_are_what_was_written(place, tmp_path):
   """Prompt and answer, the end of it too, at their places; log-probabilities are of the policy."""

@@ -8,9 +8,13 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 import convert
+import files
+import train
+from data import generation
 from data.extra import extended
 from data.generation import GENERATION
 from data.tokenizers import ByteTokenizer
@@ -18,7 +22,8 @@ from tests.training.conftest import on, run_here
 from training import config as configs
 from workdir import metrics, seals
 from workdir.checkpoint import Checkpoints
-from workdir.open import config_of, open_run
+from workdir.open import check_own, config_of, open_run
+from workdir.untrained import write_run
 
 
 def four(corpus, steps: int = 4, **parts):
@@ -175,6 +180,62 @@ def test_other_ends_of_texts_are_seen_and_may_be_meant(run):
     assert (Checkpoints(run).reference(4) == before) == same, name
   with pytest.raises(ValueError, match='its digest was 0000'):
     Checkpoints(run).check(before | {'digest': '0000'})
+
+
+@pytest.mark.parametrize('name', ['tokenizer', GENERATION, configs.FILE])
+def test_a_run_begins_with_nothing_that_was_changed(run, corpus, tmp_path, name):
+  if name == configs.FILE:
+    configs.save(four(corpus, model={'norm_epsilon': 1e-3}), run)
+  else:
+    path = run / name / 'tokenizer.json' if name == 'tokenizer' else run / name
+    path.write_text(path.read_text() + ' ' if path.exists() else '{"eos_token_id": [3]}')
+  said = 'not of the model' if name == configs.FILE else f'{name} was changed since checkpoint 4'
+  with pytest.raises(SystemExit, match=said):
+    run_here(dataclasses.replace(four(corpus), init=str(run)), tmp_path / 'tuned')
+  assert not (tmp_path / 'tuned' / configs.FILE).exists()
+
+
+def test_a_run_goes_on_with_the_ends_that_it_had(run, corpus):
+  (run / GENERATION).write_text('{"eos_token_id": [3]}')
+  before = (run / 'config.json').read_bytes()
+  with pytest.raises(SystemExit, match='generation_config.json was changed since checkpoint 4'):
+    run_here(four(corpus, 6), run)
+  assert (run / 'config.json').read_bytes() == before
+
+
+def test_ends_come_from_the_run_that_one_begins_with_once(corpus, tmp_path):
+  """What is edited in its own directory, and sealed, stays."""
+  base, run = tmp_path / 'base', tmp_path / 'run'
+  files.replace(base / GENERATION, '{"eos_token_id": [3]}')
+  config = dataclasses.replace(on(corpus), init=str(base))
+  train.claim(run, config, ByteTokenizer(), {}, print)
+  assert generation.read(run) == {'eos_token_id': [3]}
+  (run / GENERATION).write_text('{"eos_token_id": [3, 4]}')
+  train.claim(run, config, ByteTokenizer(), {'step': 2}, print)
+  assert generation.read(run) == {'eos_token_id': [3, 4]}
+
+
+def test_an_import_that_is_trained_on_is_of_its_new_tokenizer(corpus, tmp_path):
+  """Also before the first checkpoint, where the process may end."""
+  ByteTokenizer().save(tmp_path / 'tokenizer')
+  write_run(tmp_path, on(corpus), {'model': {'x': np.zeros(2)}}, print)
+  checkpoints = Checkpoints(tmp_path)
+  before = checkpoints.reference(0)
+  check_own(checkpoints.record(0), tmp_path)
+  longer = extended(ByteTokenizer(), ['<extra_id_0>'])
+  train.claim(tmp_path, on(corpus), longer, checkpoints.record(0), print)
+  check_own(checkpoints.record(0), tmp_path)
+  assert checkpoints.reference(0) == before
+  (tmp_path / GENERATION).write_text('{}')
+  with pytest.raises(ValueError, match='generation_config.json was changed since checkpoint 0'):
+    check_own(checkpoints.record(0), tmp_path)
+
+
+def test_a_line_behind_the_checkpoint_that_is_none_is_named(run, corpus):
+  with open(run / metrics.FILE, 'a') as file:
+    file.write('x\n')
+  with pytest.raises(SystemExit, match="metrics.jsonl, line .* is not a line of metrics: 'x'; rem"):
+    run_here(four(corpus, 6), run)
 
 
 def test_other_files_under_the_same_key_are_seen(run, corpus):
