@@ -13,7 +13,7 @@ import pathlib
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import names
@@ -35,6 +35,27 @@ def replace(path: str | os.PathLike, data: bytes | str) -> None:
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
+
+
+def replace_directory(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+  """Has `write` fill a directory that then takes the place of the one at `path`: where it fails, or
+  the process ends, the old one is there still, if only as PATH.old. In a bucket, which renames
+  nothing, the new files come behind the end of the old ones.
+  """
+  if remote(path):
+    if path.is_dir():
+      remove(path)
+    write(path)
+    return
+  made, old = _beside(path), path.with_name(f'{path.name}.old')
+  try:
+    write(made)
+    if path.exists():
+      path.rename(old)
+    made.rename(path)
+  finally:
+    shutil.rmtree(made, ignore_errors=True)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 class BucketError(OSError):

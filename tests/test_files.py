@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -37,6 +38,36 @@ def other(tmp_path):
 
 
 def held(path):
+def test_the_home_directory_is_no_directory_of_that_name(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert files.place('~/runs/a') == tmp_path / 'runs' / 'a'
+  assert files.place('runs/~/a') == pathlib.Path('runs/~/a')
+
+
+def written(directory: pathlib.Path) -> dict[str, str]:
+  return {str(x.relative_to(directory)): x.read_text() for x in directory.rglob('*') if x.is_file()}
+
+
+def test_a_directory_is_there_until_another_is(tmp_path):
+  def full(directory):
+    directory.mkdir()
+    (directory / 'a').write_text('half')
+    raise OSError(errno.ENOSPC, 'full')
+
+  def whole(directory):
+    directory.mkdir()
+    (directory / 'b').write_text('new')
+
+  path = tmp_path / 'kept'
+  for _ in range(2):
+    files.replace_directory(path, whole)  # also where there is none
+    assert written(tmp_path) == {'kept/b': 'new'}
+    (path / 'a').write_text('old')
+  with pytest.raises(OSError, match='full'):
+    files.replace_directory(path, full)
+  assert written(tmp_path) == {'kept/a': 'old', 'kept/b': 'new'}
+
+
   with files.locked(path, 'the run', 'wait'):
     return sorted(path.parent.iterdir())
 

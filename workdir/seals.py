@@ -122,9 +122,8 @@ def keep_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
     tokenizer.save(directory)
     if _digest(where) == _digest(pathlib.Path(directory)):
       return
-  if where.is_dir():
-    files.remove(where)
-  tokenizer.save(where)
+  # The one that is there may be the only copy, which the new one was read from.
+  files.replace_directory(where, tokenizer.save)
 
 
 def metrics_problem(record: Mapping[str, Any], workdir: pathlib.Path) -> str:
@@ -148,9 +147,9 @@ def settle_metrics(
       f'WARNING: {problem}'
       + (f'; it is now {aside}' if aside else '')
       + f'. The curve begins at step {record["step"]}; tokens and hours count from its checkpoint'
+    )
   # What was written behind the checkpoint is dropped by its steps, line by line.
   metrics.read_metrics(workdir / metrics.FILE)
-    )
 
 
 def last_config(checkpoints: Checkpoints) -> Config | None:
