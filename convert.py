@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import re
 import sys
@@ -400,6 +401,19 @@ def _take_import(made: argparse.ArgumentParser) -> None:
   )
 
 
+def _settle_places(options) -> None:
+  """Puts in the home directory, which no shell does behind --x=. Raises ValueError for addresses of
+  what is not read there.
+  """
+  native = options.run in (_import, _export, _seal)  # what reads and writes a run in a bucket
+  for name in ('workdir', 'from', 'to', 'base', 'directory', 'original', 'smaller'):
+    buckets = name == 'from' or native and name == 'workdir' or options.run is _inspect
+    value = os.path.expanduser(getattr(options, name, None) or '')
+    files.check_local(name, value, buckets, hub=name == 'from')
+    if value:
+      setattr(options, name, value)
+
+
 def main(arguments: list[str] | None = None) -> None:
   """The command line; what its user can mend ends it with a message, not a traceback."""
   parser = argparse.ArgumentParser(
@@ -470,11 +484,7 @@ def main(arguments: list[str] | None = None) -> None:
   )
   options = parser.parse_args(arguments)
   try:
-    native = options.run in (_import, _export, _seal)  # what reads and writes a run in a bucket
-    for name in ('workdir', 'from', 'to', 'base', 'directory', 'original', 'smaller'):
-      buckets = name == 'from' or native and name == 'workdir' or options.run is _inspect
-      value = getattr(options, name, '') or ''
-      files.check_local(name, value, buckets, hub=name == 'from')
+    _settle_places(options)
     options.run(options)
   except re.error as error:
     sys.exit(f'error: --ignore={options.ignore!r} is not a regular expression: {error}')

@@ -73,13 +73,14 @@ def of_hub(path: str | os.PathLike) -> bool:
 
 
 def place(path: str | os.PathLike) -> pathlib.Path:
-  """A path, or, of a bucket's address, what stands for one (remote/address.py). Raises ValueError
-  for an address of another kind, which would be taken for a directory of that name.
+  """A path, or, of a bucket's address, what stands for one (remote/address.py); '~' is the home
+  directory, which no shell puts in behind --workdir=. Raises ValueError for an address of another
+  kind, which would be taken for a directory of that name.
   """
   if remote(path):
     return names.imported('remote.address.Address')(str(path))
   check_local('the place', path := re.sub('^file:/+', '/', str(path)))
-  return pathlib.Path(path)
+  return pathlib.Path(os.path.expanduser(path))
 
 
 def here(path: str | os.PathLike) -> pathlib.Path:

@@ -12,7 +12,6 @@ B rows of a batch, an answer in each · T length
 
 import dataclasses
 import math
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -387,7 +386,7 @@ class GRPO(OfRollouts):
 
 def check_same_ids(name: str, directory: str, tokenizer: Tokenizer) -> None:
   """Raises ValueError where the run of objective.NAME reads other ids than the policy."""
-  base = tokenizers.load(pathlib.Path(directory) / 'tokenizer')
+  base = tokenizers.load(files.place(directory) / 'tokenizer')
   if not same_ids(base, tokenizer):
     raise ValueError(
       f'the tokenizer of objective.{name}={directory} ({base.kind}, {base.vocabulary:,} ids) is '

@@ -37,7 +37,6 @@ def other(tmp_path):
   process.communicate()
 
 
-def held(path):
 def test_the_home_directory_is_no_directory_of_that_name(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   assert files.place('~/runs/a') == tmp_path / 'runs' / 'a'
@@ -68,6 +67,7 @@ def test_a_directory_is_there_until_another_is(tmp_path):
   assert written(tmp_path) == {'kept/a': 'old', 'kept/b': 'new'}
 
 
+def held(path):
   with files.locked(path, 'the run', 'wait'):
     return sorted(path.parent.iterdir())
 

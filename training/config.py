@@ -44,7 +44,8 @@ class TrainConfig:
     offload_optimizer: where the optimizer's state is kept between steps: '' on the device, 'host'
       in the host's memory (parallel.offload), 'disk' in files without a name (training.spill). It
       may change when a run goes on.
-    spill_dir: on the disk for 'disk', best a local one; default: the run's directory.
+    spill_dir: on the disk for 'disk', best a local one; default: the run's directory; '~' is the
+      home directory.
     offload_parameters: keeps the matrices of stacked layers, and their gradients, in the host's
       memory; layers are on the device one at a time. Needs remat='full' or 'dots', accumulation=1,
       zero=3, no stages.
@@ -125,6 +126,7 @@ class TrainConfig:
         f"train.spill_dir={self.spill_dir!r} would not be read: "
         f"train.offload_optimizer={self.offload_optimizer!r} is not 'disk'; leave it empty"
       )
+    object.__setattr__(self, 'spill_dir', os.path.expanduser(self.spill_dir))
     if self.dropout:
       names.imported(RATES)(self.dropout)
     names.check('train.nonfinite', self.nonfinite, ('stop', 'skip'))

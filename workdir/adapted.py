@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import files
 from data import tokenizers
 from data.generation import GENERATION
 from model import adapters, checkpoint, params, peft, transformer
@@ -46,7 +47,7 @@ def begun(config: configs.Config, models, imported: str | os.PathLike, log: Log)
   # Without a base that was read, a new one is begun with it.
   ids = None
   if config.adapter.text:
-    tokenizer = tokenizers.load(pathlib.Path(config.init) / 'tokenizer')
+    tokenizer = tokenizers.load(files.place(config.init) / 'tokenizer')
     ids = tokenizer.encode(config.adapter.text)
   make = jax.jit(functools.partial(states.new_adapter, config, ids=ids))
   return {} if base is None else {states.ADAPTER: make(base)}
@@ -111,7 +112,7 @@ def beside(
       )
     last = checkpoints.latest()
     record = checkpoints.record(last)
-    check_own(record, pathlib.Path(directory))
+    check_own(record, files.place(directory))
     reference = record.get('references', {}).get(run.objective.main)
     if not reference or reference['digest'] != digest or run.model.places != config.model.places:
       where = (
@@ -127,7 +128,7 @@ def beside(
         f'adapter {name!r} was trained on a base in {run.adapter.base} (adapter.base): load it '
         f'with weights={run.adapter.base!r} (--weights={run.adapter.base})'
       )
-    _check_texts(name, pathlib.Path(directory), base)
+    _check_texts(name, files.place(directory), base)
     read[name] = adapter_of(run, checkpoints, last), run.adapter
   return read
 
@@ -166,7 +167,7 @@ def merge(
     where nobody has said that it may become numbers, or one in numbers where somebody has;
     FileExistsError where `to` is taken.
   """
-  workdir, config = pathlib.Path(workdir), config_of(workdir)
+  workdir, config = files.place(workdir), config_of(workdir)
   if not config.adapter.kind:
     raise ValueError(f'{workdir} has no adapter (adapter.kind is empty): there is nothing to merge')
   if config.adapter.soft:
@@ -286,7 +287,7 @@ def rebase(workdir: str | os.PathLike, base: str | os.PathLike, log: Log) -> Non
 
   Raises ValueError where another model is there.
   """
-  workdir, config = pathlib.Path(workdir), configs.load(workdir)
+  workdir, config = files.place(workdir), configs.load(workdir)
   if not config.adapter.kind:
     raise ValueError(f'{workdir} has no adapter, and lies on no other model')
   checkpoints, there = Checkpoints(workdir, log=log), Checkpoints(base, log=log)
@@ -301,7 +302,7 @@ def rebase(workdir: str | os.PathLike, base: str | os.PathLike, log: Log) -> Non
       )
     there.check(of[main])
   for step, of in references.items():
-    moved = of | {main: of[main] | {'directory': str(pathlib.Path(base).absolute())}}
+    moved = of | {main: of[main] | {'directory': str(files.place(base).absolute())}}
     checkpoints.amend(step, {'references': moved, 'config': configs.to_dict(config)})
   configs.save(config, workdir)
   log(f'{workdir}: lies on {base}, which is what it was')

@@ -101,7 +101,7 @@ def open_reward(
   checkpoints = Checkpoints(workdir)
   step = step_of(checkpoints, checkpoint)
   reference = checkpoints.reference(step)
-  scale = _scale(pathlib.Path(workdir), reference) if normalised else {}
+  scale = _scale(files.place(workdir), reference) if normalised else {}
   run = open_run(workdir, str(step), mesh)
   model = LoadedModel(run.model, run.tokenizer, run.mesh)
   roles = config.objective.models(config.model)
@@ -180,4 +180,4 @@ def judge(
 
 def normalise(workdir: str | os.PathLike, judged: Judged) -> None:
   """Keeps the scale with the run."""
-  files.replace(pathlib.Path(workdir) / FILE, json.dumps(files.sealed(judged.scale)) + '\n')
+  files.replace(files.place(workdir) / FILE, json.dumps(files.sealed(judged.scale)) + '\n')
