@@ -24,6 +24,8 @@ FILTER_PRESETS = ('none', 'code', 'prose')
 ANONYMISED_KINDS = ('email', 'ip', 'phone', 'digits')
 TOKENIZER_KINDS = ('sentencepiece', 'huggingface', 'byte', 'char')
 TOKENIZER_ALGORITHMS = ('bpe', 'unigram')
+# Settings of a tokenizer that is trained here.
+OF_TRAINING = ('algorithm', 'split_by_whitespace', 'training_bytes')
 SPLITS = ('hash', 'tail')
 
 # Beyond any use, and below what no machine could hold: said at once and not by a killed process.
@@ -152,7 +154,7 @@ class TokenizerConfig:
       the training split); a directory with tokenizer.json and what Hugging Face keeps beside it.
     vocabulary: number of ids. 0: the kind's own (4096 for a trained SentencePiece model). For a
       kind that fixes its own number, any other value than that number is an error.
-    algorithm: 'bpe' or 'unigram', for training.
+    algorithm: 'bpe' or 'unigram', for training; as the two below, of no tokenizer that is there.
     split_by_whitespace: keep pieces within words;
       False lets frequent phrases become pieces (shorter sequences).
     training_bytes: train on a sample of about this many bytes of text, chosen by hash.
@@ -194,6 +196,13 @@ class TokenizerConfig:
         f'tokenizer.training_bytes={self.training_bytes} must be in [1000, {MOST_TRAINING_BYTES}]: '
         'the trainer keeps the sample in memory, several times over'
       )
+    for name in () if self.trained else OF_TRAINING:
+      default = getattr(TokenizerConfig, name)
+      if getattr(self, name) != default:
+        raise ValueError(
+          f'tokenizer.{name}={getattr(self, name)!r} would not be read: kind={self.kind!r} with '
+          f'path={self.path!r} trains no tokenizer; leave it at {default!r}'
+        )
 
   @property
   def trained(self) -> bool:

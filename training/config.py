@@ -12,7 +12,7 @@ import typing
 
 import files
 import names
-from data.config import DataConfig
+from data.config import OF_TRAINING, DataConfig
 from model.adaptation import AdapterConfig
 from model.config import ModelConfig, named_axes
 from model.execution import FREE, ExecutionConfig
@@ -407,7 +407,13 @@ def of(values: dict, place: str) -> Config:
 
 
 def _renamed(values: dict) -> dict:
-  """The values of a config.json with those that have moved in their new places."""
+  """The values of a config.json with those that have moved in their new places, and without those
+  that no tokenizer read.
+  """
+  tokenizer = values.get('data', {}).get('tokenizer', {})
+  if tokenizer.get('path') or tokenizer.get('kind', 'sentencepiece') != 'sentencepiece':
+    for unread in OF_TRAINING:  # was taken, and changed nothing
+      tokenizer.pop(unread, None)
   for old, new in MOVED.items():
     part, name = old.split('.')
     if name in values.get(part, {}):

@@ -11,6 +11,7 @@ import textwrap
 import typing
 from collections.abc import Iterator
 
+from data.config import OF_TRAINING
 from model.adaptable import READ_BY
 from objectives import kinds
 from objectives.objective import Objective
@@ -23,10 +24,10 @@ CONFIGS = ROOT / 'configs'
 # Sections of which nothing is read until a field of theirs is set, and which one that is.
 SWITCHES = {'model.latent': 'width', 'model.moe': 'experts', 'adapter': 'kind'}
 SWITCHES['evaluation'] = 'tasks'
-# What of rotary positions is read by each way to stretch them, besides the frequencies.
 # The types of fields that hold several values, by what is said of them.
 BY_COMMAS = '{}s, by commas'
 SEVERAL = {BY_COMMAS.format(item.__name__): item for item in (str, int, float)}
+# What of rotary positions is read by each way to stretch them, besides the frequencies.
 STRETCHED = {'none': (), 'linear': ('factor',)}
 STRETCHED['llama3'] = ('factor', 'original_length', 'low', 'high')
 STRETCHED['yarn'] = (*STRETCHED['llama3'], 'attention_factor', 'truncate')
@@ -100,6 +101,8 @@ def _reads(config, path):
     return config.adapter.kind in READ_BY[name]
   if path == 'train.spill_dir':
     return config.train.offload_optimizer == 'disk'
+  if section == 'data.tokenizer' and name in OF_TRAINING:
+    return config.data.tokenizer.trained
   if path == 'model.execution.experts':
     return bool(model.moe.experts)
   if section == 'model.execution.pipeline':

@@ -593,6 +593,22 @@ def test_a_config_of_before_a_field_moved_is_read(tmp_path):
   assert configs.load(tmp_path) == expected and not configs.differences(tiny(), expected)
 
 
+def test_spilled_state_is_at_home_where_that_is_asked(monkeypatch):
+  monkeypatch.setenv('HOME', '/somebody')
+  made = tiny(train={'offload_optimizer': 'disk', 'spill_dir': '~/scratch'})
+  assert made.train.spill_dir == '/somebody/scratch'
+
+
+def test_a_config_of_before_a_tokenizers_settings_were_looked_at_is_read(tmp_path):
+  """Of bytes, with settings that only one that is trained has."""
+  configs.save(tiny(), tmp_path)
+  values = json.loads((tmp_path / configs.FILE).read_text())
+  del values[files.SEAL]
+  values['data']['tokenizer'] |= {'algorithm': 'unigram', 'training_bytes': 10**6}
+  (tmp_path / configs.FILE).write_text(json.dumps(values))
+  assert configs.load(tmp_path) == tiny()
+
+
 EXECUTION = {
   'dtype',
   'parameter_dtype',

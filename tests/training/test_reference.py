@@ -190,6 +190,12 @@ def test_what_is_not_read_changes_no_program():
   for name in by_section.pop('optimizer'):
     with pytest.raises(ValueError, match=f'optimizer.{name}=0.5 would not be read'):
       dataclasses.replace(config.optimizer, **{name: 0.5})
+  tokenizer = config.data.tokenizer
+  others = {'algorithm': 'unigram', 'split_by_whitespace': False, 'training_bytes': 10**6}
+  assert {*by_section.pop('data.tokenizer')} == others.keys()
+  for name, value in others.items():
+    with pytest.raises(ValueError, match=f'tokenizer.{name}=.* would not be read: .*leave it at'):
+      dataclasses.replace(tokenizer, **{name: value})
   assert by_section.pop('train') == ['spill_dir']
   with pytest.raises(ValueError, match='train.spill_dir=.* would not be read'):
     dataclasses.replace(config.train, spill_dir='elsewhere')
