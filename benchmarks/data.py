@@ -6,7 +6,6 @@ and does memory stay bounded?
 Each rate is divided by that of a named peer that works on the same bytes in the same run.
 """
 
-import collections
 import dataclasses
 import gzip
 import json
@@ -332,7 +331,7 @@ def main() -> None:
     '--engines', type=float, default=0.0, help='only: GB of a corpus for one process, two, and Ray'
   )
   arguments = parser.parse_args()
-  texts = list(sources.documents(SourceConfig(), collections.Counter()))
+  texts = list(sources.documents(SourceConfig(), sources.Problems()))
   if arguments.engines:
     show_engines(found := engines(arguments.engines, texts))
     commands.write_json(arguments.json, 'data', {'engines': found})
