@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from parallel import axes as ax
+from training.adam import wide_zeros
 
 DECAY = 0.8  # of the schedule, section 7.2
 SMALLEST = 128  # a matrix with less inputs or outputs is kept whole: there is little to save
@@ -56,8 +57,8 @@ def scale_by_adafactor(epsilon: float, specs) -> optax.GradientTransformation:
 
   def init(parameters):
     def squares(spec, p):
-      # In f32: bfloat16 would round away what they fall by, and they could only rise.
-      return _squares(jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), spec)
+      # In bfloat16 they could only rise, as Adam's.
+      return _squares(wide_zeros(p), spec)
 
     return AdafactorState(jnp.int32(0), _below(squares, specs, parameters))
 

@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 
 from parallel import axes as ax
+from training.adam import wide_zeros
 
 BLOCK = 256
 SMALLEST = (
@@ -71,14 +72,15 @@ def scale_by_adam8bit(b1: float, b2: float, epsilon: float, mask) -> optax.Gradi
   Args:
     mask: which parameters may be quantised: a tree of bools, a prefix of theirs, or a function from
       parameters to one. Leave embeddings out: their gradients are sparse and very uneven. What is
-      masked out, or smaller than SMALLEST, is treated as optax.scale_by_adam does.
+      masked out, or smaller than SMALLEST, is treated as training.adam's does.
   """
 
   def init(params):
     def moments(signed):
       def zeros(may, p):
-        z = jnp.zeros_like(p)
-        return quantize(z, signed) if may and p.size >= SMALLEST else z
+        if may and p.size >= SMALLEST:
+          return quantize(wide_zeros(p), signed)
+        return jnp.zeros_like(p) if signed else wide_zeros(p)
 
       return jax.tree.map(
         lambda may, sub: jax.tree.map(lambda p: zeros(may, p), sub), allowed, params

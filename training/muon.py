@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
 from parallel import axes as ax
+from training.adam import scale_by_adam
 
 
 def rescaling(settings: dict[str, float], specs, whole: bool) -> optax.GradientTransformation:
@@ -24,7 +25,7 @@ def rescaling(settings: dict[str, float], specs, whole: bool) -> optax.GradientT
       "optimizer.name='muon': no parameter is a hidden matrix, so nothing would use Muon; use "
       "'adamw'"
     )
-  adam = optax.scale_by_adam(settings['b1'], settings['b2'], settings['epsilon'])
+  adam = scale_by_adam(settings['b1'], settings['b2'], settings['epsilon'])
   return optax.partition(
     {
       'muon': scale_by_muon(settings['momentum'], specs),

@@ -31,6 +31,7 @@ OPTIMIZERS = {
 # Those whose rescaling is ours and not optax's: a function (settings, specs, whole) ->
 # optax.GradientTransformation, of OptimizerConfig.settings() and what make_optimizer is given.
 OWN = {
+  'adamw': 'training.adam.rescaling',
   'adam8bit': 'training.adam8bit.rescaling',
   'adafactor': 'training.adafactor.rescaling',
   'muon': 'training.muon.rescaling',
@@ -258,8 +259,6 @@ def _rescaling(config: OptimizerConfig, specs, whole: bool) -> optax.GradientTra
   s = config.settings()
   if config.name in OWN:
     return names.imported(OWN[config.name])(s, specs, whole)
-  if config.name == 'adamw':
-    return optax.scale_by_adam(s['b1'], s['b2'], s['epsilon'])
   if config.name == 'lion':
     return optax.scale_by_lion(s['b1'], s['b2'])
   return optax.trace(s['momentum'])

@@ -34,6 +34,7 @@ from objectives.objective import MAIN
 from parallel import hosts
 from training import disk
 from training.trainable import divided, joined
+from workdir import former
 from workdir.metrics import lowest
 from workdir.progress import LOSS
 
@@ -273,21 +274,11 @@ class Checkpoints:
     }
     wanted, spilled = named_leaves(target, only), {*self.record(step).get('spilled', ())}
     if not any(name.startswith('models.') for name in saved):
-      wanted, only = {_former(name): x for name, x in wanted.items()}, _former(only)
+      wanted, only = {former.name(name): x for name, x in wanted.items()}, former.name(only)
     scope = {name: leaf for name, leaf in saved.items() if not only or name.startswith(only + '.')}
-    # Adafactor's squares of bfloat16 parameters were so once, and are widened; not those on disk.
-    wider = {
-      name: x
-      for name, x in wanted.items()
-      if '.squares.' in name
-      and isinstance(x, jax.ShapeDtypeStruct)
-      and x.dtype == jnp.float32
-      and scope.get(name) == (x.shape, 'bfloat16')
-    }
-    wanted |= {
-      name: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding)
-      for name, x in wider.items()
-    }
+    # What was kept narrow is read so, and widened.
+    asked = dict(wanted)
+    wanted |= former.narrow(wanted, scope)
     wrong = [f'{name}: not in the checkpoint' for name in wanted if name not in scope]
     wrong += [
       f'{name}: in the checkpoint only' for name in scope if name not in wanted and not some
@@ -304,18 +295,20 @@ class Checkpoints:
     path, leaves = self._path(step), {}
     for name in spilled & {*wanted}:
       where, x = path / SPILLED / name, wanted[name]
-      leaves[name] = x.load(where) if isinstance(x, disk.OnDisk) else disk.stored(where, x)
+      if isinstance(x, disk.OnDisk):
+        leaves[name] = x.load(where)
+      else:
+        leaves[name] = _as_asked(disk.stored(where, x), asked[name])
     # What goes to disk is read one by one, the rest together.
     rest = {name: x for name, x in wanted.items() if name not in spilled}
-    alone = [name for name, x in rest.items() if isinstance(x, disk.OnDisk)]
+    alone = [name for name in rest if isinstance(asked[name], disk.OnDisk)]
     together = {name: x for name, x in rest.items() if name not in alone}
     kind = 'writer' if (path / ORBAX).exists() and not files.remote(path) else 'arrays'
     read = names.imported(f'workdir.{kind}.read')
-    leaves |= read(path, together, [name for name in saved if name not in spilled])
-    for name in alone:
-      kept = read(path, {name: wanted[name]}, [name for name in saved if name not in spilled])
-      leaves[name] = wanted[name].filled(kept[name])
-    leaves |= {name: _cast(leaves[name], x.dtype) for name, x in wider.items()}
+    there = [name for name in saved if name not in spilled]
+    for group in (together, *({name: wanted[name]} for name in alone)):
+      kept = read(path, group, there)
+      leaves |= {name: _as_asked(x, asked[name]) for name, x in kept.items()}
     return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in wanted])
 
   def model(self, target, step: int | None = None, some: bool = False):
@@ -350,7 +343,7 @@ class Checkpoints:
     types = {name: dtype for name, (_, dtype) in self.record(step)['leaves'].items()}
 
     def kept(name, x):
-      dtype = types.get(name, types.get(_former(name), x.dtype))
+      dtype = types.get(name, types.get(former.name(name), x.dtype))
       float_ = all(jnp.issubdtype(d, jnp.floating) for d in (dtype, x.dtype))
       return jax.ShapeDtypeStruct(x.shape, dtype if float_ else x.dtype, sharding=x.sharding)
 
@@ -457,19 +450,14 @@ class Checkpoints:
     return self.directory / f'{step:08d}'
 
 
-def _former(name: str) -> str:
-  """The name of a leaf in a checkpoint of a run that knew one model only, which had no name."""
-  parts = name.split('.')
-  if parts[:2] == ['models', MAIN]:
-    return '.'.join(('model', *parts[2:]))
-  if parts[0] == 'optimizer' and MAIN in parts:
-    parts.remove(MAIN)
-  return '.'.join(parts)
-
-
 def _aside(path: pathlib.Path) -> pathlib.Path:
   """Where files of a checkpoint are until orbax has made its directory."""
   return path.with_suffix('.' + SPILLED)
+
+
+def _as_asked(x: jax.Array, asked):
+  x = former.widened(x, asked)
+  return asked.filled(x) if isinstance(asked, disk.OnDisk) else x
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -75,23 +75,6 @@ class Log(list):
   __call__ = list.append
 
 
-def test_squares_that_were_bfloat16_are_widened(mesh, tmp_path):
-  """Adafactor's, of before they were f32; nothing else is taken for another type."""
-
-  def state(dtype, name='squares'):
-    return dataclasses.replace(make_state(3), optimizer=({name: {'q': jnp.ones(5, dtype) / 3}},))
-
-  checkpoints = Checkpoints(tmp_path, log=pytest.fail)
-  checkpoints.save(3, state('bfloat16'), DATA, PROGRESS, None)
-  checkpoints.save(4, state('bfloat16', 'others'), DATA, PROGRESS, None)
-  checkpoints.wait()
-  restored = checkpoints.restore(3, abstract(lambda: state('float32'), mesh))
-  (found,) = jax.tree.leaves(restored.optimizer)
-  assert found.dtype == jnp.float32 and (found == jnp.bfloat16(1 / 3)).all()
-  with pytest.raises(ValueError, match='does not fit the config'):
-    checkpoints.restore(4, abstract(lambda: state('float32', 'others'), mesh))
-
-
 @pytest.mark.costly
 @pytest.mark.parametrize('mesh', MESHES, indirect=True)
 def test_what_is_saved_comes_back_bitwise_with_its_shardings(mesh, tmp_path):

@@ -172,19 +172,6 @@ def test_adafactor_is_optax_on_each_matrix_of_each_layer():
   close(parted(both[0]), both[1])
 
 
-def test_squares_of_bfloat16_fall_as_they_rise():
-  """After 4,000 steps a new one weighs 1.3e-3, which bfloat16 would round away."""
-  optimizer = opt.make_optimizer(OptimizerConfig(name='adafactor'), STEPS, TALL_SPECS)
-  params = jax.tree.map(jnp.bfloat16, random_tree(0, TALL))
-  state = optimizer.init(params)
-  state = (state[0]._replace(count=jnp.int32(4000)), *state[1:])
-  large = jax.tree.map(jnp.ones_like, params)
-  _, before = optimizer.update(large, state, params)
-  _, after = optimizer.update(jax.tree.map(jnp.zeros_like, params), before, params)
-  for x, y in zip(jax.tree.leaves(before[0].squares), jax.tree.leaves(after[0].squares)):
-    assert (np.asarray(y) < np.asarray(x)).all() and y.dtype == jnp.float32
-
-
 def test_adafactor_factors_heads_of_64():
   state = opt.make_optimizer(OptimizerConfig(name='adafactor'), STEPS, TALL_SPECS).init(
     random_tree(0, TALL)
