@@ -30,6 +30,7 @@ from data import cache, clean, duplicates, shards, sources, tokenizers
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.encoding import encoded_by, sides_of
 from data.prepared import Prepared, described, held_out_sources, kept
+from data.processes import cpus
 from data.texts import Texts
 from data.tokenizer import Tokenizer, directory_of
 
@@ -201,9 +202,7 @@ def _cleaned(
       yield text
 
   large = sum(map(sources.size, sources.paths(source))) > PARALLEL_BYTES
-  for document in clean.clean_all(
-    reading(), config.clean, workers=(os.cpu_count() or 1) if large else 1
-  ):
+  for document in clean.clean_all(reading(), config.clean, workers=cpus() if large else 1):
     masked = collections.Counter(document.counts)
     counts['repaired_characters'] += masked.pop('repaired', 0)
     if document.dropped:

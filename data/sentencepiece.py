@@ -4,7 +4,6 @@ trained to be the same bytes on any machine?
 
 import hashlib
 import io
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from data.config import TokenizerConfig
+from data.processes import cpus
 from data.tokenizer import BOS, EOS, INDEX, PAD, UNK, Tokenizer
 
 SPACE = '\u2581'  # SentencePiece writes a space as this character
@@ -44,7 +44,7 @@ class SentencePieceTokenizer(Tokenizer):
     import sentencepiece
 
     self.model = model
-    self._threads = threads or os.cpu_count() or 1
+    self._threads = threads or cpus()
     self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     if processor.eos_id() < 0:
       raise ValueError(

@@ -257,7 +257,7 @@ def test_a_script_may_prepare_at_its_top_level(tmp_path):
 import os
 from data import prepare
 from data.config import DataConfig, SourceConfig, TokenizerConfig
-os.cpu_count = lambda: 2
+os.sched_getaffinity = lambda process: {0, 1}
 prepare.PARALLEL_BYTES = 1
 prepare.prepare(DataConfig(
   sources=(SourceConfig(kind='text', path={str(tmp_path / '*.txt')!r}),), split='tail',

@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import building, cache, sentencepiece, shards, tokenizers
+from data import building, cache, clean, sentencepiece, shards, tokenizers
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import corpus_key, prepare
 
@@ -431,3 +431,21 @@ def test_a_tokenizer_is_trained_on_about_as_many_bytes_as_were_asked_for(tmp_pat
   prepared = prepare(config(tmp_path, tokenizer=tokenizer, clean=loose), log=quiet)
   trained = prepared.report['sources'][0]['train']['bytes']
   assert shares == [pytest.approx(60_000 / trained, rel=1e-3)]
+
+
+def test_as_many_processes_clean_as_may_be_used(tmp_path, monkeypatch):
+  """Of a node of 128 cores, a job may have two."""
+  asked, clean_all = [], clean.clean_all
+
+  def spied(texts, config, workers):
+    asked.append(workers)
+    return clean_all(texts, config, workers=1)
+
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1}, raising=False)
+  monkeypatch.setattr(os, 'cpu_count', lambda: 128)
+  monkeypatch.setattr(clean, 'clean_all', spied)
+  monkeypatch.setattr('data.prepare.PARALLEL_BYTES', 0)
+  write(tmp_path / 'a.jsonl', [text(i) for i in range(20)])
+  made = TokenizerConfig(kind='sentencepiece', vocabulary=512)
+  prepared = prepare(config(tmp_path, tokenizer=made), log=quiet)
+  assert asked == [2] and prepared.tokenizer._threads == 2

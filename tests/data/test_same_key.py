@@ -11,7 +11,6 @@ import pytest
 PROGRAM = """
 import hashlib, json, os, pathlib, sys
 cores, directory, cache = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-os.cpu_count = lambda: cores
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 from data import prepare
 from data.config import CleanConfig, DataConfig, SourceConfig, TokenizerConfig
