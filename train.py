@@ -431,11 +431,10 @@ def read(config: configs.Config, workdir: pathlib.Path, mesh, allow_change: bool
     with.
   """
   prepared = hosts.first_alone(lambda: program.read(config, log), 'data')
-  given, config = config, config.resolve(prepared.tokenizer.vocabulary, prepared.rows)
-  if epochs := given.train.epochs:
-    steps = config.train.steps
-    names.imported('training.together.check_epochs')(given, steps, prepared.train)
-    log(f'train.epochs={epochs:g} of {prepared.rows:,} rows: {steps:,} steps')
+  epochs = config.train.epochs
+  config = config.resolve(prepared.tokenizer.vocabulary, prepared.rows)
+  if epochs:
+    log(names.imported('training.epochs.described')(epochs, config, prepared))
   config.check_mesh(dict(mesh.shape))
   program.check_models(config)  # whose vocabulary may have been open
   if config.objective.of_records and config.init:

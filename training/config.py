@@ -34,8 +34,8 @@ class TrainConfig:
   Attributes:
     steps: optimizer updates in all; 0 where epochs says how many. seed: of the initial parameters.
     epochs: how often all training rows are gone through, in the place of steps; a last batch that
-      is not full counts, and is filled from the next epoch. Weights of several sources must be in
-      proportion to their rows, or some would be gone through more often.
+      is not full counts, and is filled from the next epoch. Of several sources only where weights
+      are in proportion to their rows.
     accumulation: microbatches of a step; exactly equal to one big batch.
     compiler: options that the step is compiled with (parallel/compiler.py): 'auto' the table for
       the chip and the mesh, 'none' none, or a table's name; behind it, or alone, NAME=VALUE changes

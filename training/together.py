@@ -1,8 +1,7 @@
 """Do the parts of a config that few runs have go together with the others?"""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from kernels import attention, context
 from training.config import Config
@@ -41,30 +40,6 @@ def refuse_codes(config: Config) -> None:
   raise ValueError(
     f'model.execution.stored={config.model.execution.stored}: a model in codes is not trained '
     'itself; train an adapter on it (adapter.kind=lora), or begin with the run that it was made of'
-  )
-
-
-def check_epochs(config: Config, steps: int, sources: Sequence[Any]) -> None:
-  """Raises ValueError where so many steps would go through one source more often than through
-  another, and so be epochs of none. sources: with their rows and weights; prompts, which are drawn
-  alike, have none.
-  """
-  if not all(hasattr(source, 'weight') for source in sources):
-    return
-  rows, weights = sum(map(len, sources)), sum(source.weight for source in sources)
-  epochs = config.train.epochs
-  passes = [epochs * rows * source.weight / weights / len(source) for source in sources]
-  # Weights are mixed to 1% of the smallest (data/loader.py).
-  if all(math.isclose(times, epochs, rel_tol=0.02) for times in passes):
-    return
-  each = '; '.join(
-    f'{times:.3g} times the {len(source):,} rows of data.sources[{i}], weight={source.weight:g}'
-    for i, (times, source) in enumerate(zip(passes, sources))
-  )
-  raise ValueError(
-    f'train.epochs={epochs:g} of sources whose weights are not in proportion to their rows goes '
-    f'through them unequally: {each}; give train.steps in its place (--config.train.epochs=0 '
-    f'--config.train.steps={steps} for just that), or data.sources[i].weight=rows of each'
   )
 
 

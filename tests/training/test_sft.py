@@ -2,7 +2,6 @@
 the microbatches and the devices?
 """
 
-import collections
 import dataclasses
 import json
 
@@ -14,7 +13,6 @@ import pytest
 import train
 from data.batch import Batch
 from data.config import CleanConfig, SourceConfig
-from data.loader import row_sequence
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from objectives.sft import SFT
 from parallel.mesh import MeshConfig, make_mesh
@@ -157,33 +155,6 @@ def test_epochs_say_how_many_steps_and_what_is_held_out_is_judged(source, tmp_pa
   assert 0 <= last['validation_accuracy'] <= 1
   rates = [record['learning_rate'] for record in records if 'learning_rate' in record]
   assert rates[:2] == pytest.approx([0.005, 0.01])  # one step of warm-up
-
-
-def test_epochs_of_several_sources_are_of_each(source, tmp_path):
-  """Or they are refused, and what they would have been is said."""
-  path = tmp_path / 'few.jsonl'
-  path.write_text(''.join(json.dumps({'prompt': 'q', 'completion': x}) + '\n' for x in 'wxyz'))
-  rows = {'many': len(PAIRS), 'few': 4}
-
-  def read(weights):
-    sources = [
-      dataclasses.replace(source, path=where, weight=weight)
-      for where, weight in zip((source.path, str(path)), weights)
-    ]
-    train_ = {'steps': 0, 'epochs': 2.0}
-    made = config(source, SFT(packing='alone'), data={'sources': (*sources,)}, train=train_)
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-      return train.read(made, tmp_path / 'run', jax.sharding.get_mesh(), False, lambda line: None)
-
-  prepared, made = read((float(rows['many']), float(rows['few'])))
-  drawn = made.train.steps * B
-  assert drawn == 2 * sum(rows.values())
-  sequence = row_sequence(prepared, made.data)
-  counts = collections.Counter(sequence[i] for i in range(drawn))
-  assert len(counts) == sum(rows.values()) and {*counts.values()} == {2}
-  said = r'1.25 times the 16 rows of .*sources.0., weight=1; 5 times the 4 rows .*train.steps=5 '
-  with pytest.raises(ValueError, match=said):
-    read((1.0, 1.0))
 
 
 def test_how_long_is_said_once():
