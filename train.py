@@ -335,6 +335,7 @@ def run(
     with mendable():
       files.check_local('--workdir', workdir, buckets=True)
       names.imported('workdir.outside.check')(config, workdir)
+      names.imported('workdir.able.check')(config, workdir)
       if jax.process_index() == 0:
         remedy = 'wait until it ends, end it, or give another --workdir'
         held.enter_context(files.locked(workdir / LOCK, str(workdir), remedy))

@@ -16,6 +16,7 @@ from decode.generator import Generator
 from model import params, transformer
 from training import state as states
 from training.config import Config
+from workdir import able
 
 
 class InHand:
@@ -29,14 +30,9 @@ class InHand:
     tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
     directory: str | os.PathLike,
-    asked: str,
-    remedy: str,
   ):
-    """directory: the run's. asked: what of the config asks for it, and a remedy where it cannot be.
-
-    Raises NotImplementedError where there is nothing to generate with, with both.
-    """
-    _check(config, asked, remedy)
+    """directory: the run's. Raises NotImplementedError as workdir.able.check."""
+    able.check(config, directory)
     self._config, self._main = config, config.objective.main
     tokenizer.generation = generation.read(directory)  # where its texts end
     self._tokenizer, self._mesh = tokenizer, mesh
@@ -64,20 +60,3 @@ def _generating(config: Config, network):
     return model
   adapter = states.new_adapter(config, model)
   return names.imported('model.adapters.merged')(model, adapter, config.adapter)
-
-
-def _check(config: Config, asked: str, remedy: str) -> None:
-  if jax.process_count() > 1:
-    raise NotImplementedError(
-      f'{asked} in {jax.process_count()} processes, each of which holds a part of the texts; '
-      f'{remedy}'
-    )
-  if config.train.offload_parameters:
-    raise NotImplementedError(
-      f"{asked} with train.offload_parameters, which keeps the weights in the host's memory, where "
-      f'nothing generates; {remedy}'
-    )
-  if not config.model.causal:
-    raise NotImplementedError(
-      f'{asked} with model.causal=False: an encoder writes no text; {remedy}'
-    )

@@ -51,9 +51,7 @@ class Sampler:
     Raises NotImplementedError where there is nothing to generate with, and ValueError for a prompt
     that fills the context, saying what would do.
     """
-    remedy = 'leave train.sample_every at 0, and write with generate.py from its checkpoints'
-    asked = f'train.sample_every={config.train.sample_every}'
-    self._in_hand = InHand(config, tokenizer, mesh, directory, asked, remedy)
+    self._in_hand = InHand(config, tokenizer, mesh, directory)
     limit, soft = config.model.max_length, ''
     if limit and config.adapter.soft:
       limit, soft = limit - config.adapter.tokens, ' (less the soft tokens)'

@@ -35,13 +35,14 @@ class TaskAsker:
     there, and for a train.best that none of them says.
     """
     asked = config.evaluation
-    remedy = 'leave evaluation.tasks empty, and ask its checkpoints by evaluate.py'
-    said = f'evaluation.tasks={",".join(asked.tasks)}'
-    self._in_hand = InHand(config, tokenizer, mesh, directory, said, remedy)
+    self._in_hand = InHand(config, tokenizer, mesh, directory)
     self._manner = Manner(asked.data, asked.limit, chat=asked.chat)
     self._tasks = dict(task.read(name) for name in asked.tasks)
     if len(self._tasks) < len(asked.tasks):
-      raise ValueError(f'{said} names a task twice, or two files of one name; rename one')
+      said = ','.join(asked.tasks)
+      raise ValueError(
+        f'evaluation.tasks={said} names a task twice, or two files of one name; rename one'
+      )
     self._shots = asked.shots
     lower = {}
     for name, each in self._tasks.items():
