@@ -228,7 +228,7 @@ class DataConfig:
       corpus grows and duplicates never straddle (a record by what it asks, see data/splits.py);
       'tail' holds out the end of each source, for a
       corpus that is a single text.
-    seed: order of the training examples.
+    seed: order of the training examples; that of prompts is of train.seed, and this one 0.
     cache_dir: where prepared corpora are kept, each under a hash of its content and settings; '~'
       is the home directory.
   """

@@ -213,6 +213,12 @@ def _check(config: DataConfig) -> None:
           f'data.{field}[{i}].weight={source.weight}: prompts of all sources count alike; leave it '
           '1, and repeat or cut a file'
         )
+  if config.seed:
+    raise ValueError(
+      f'data.seed={config.seed}: prompts come in an order of train.seed, by which answers are '
+      'drawn, too; set that one, and leave data.seed 0 (a run that began with another goes on as '
+      'it did with that and --allow_config_change)'
+    )
   if config.split != 'hash' and not config.validation:
     raise ValueError(
       f"data.split={config.split!r} is of documents in their order; of prompts use 'hash', or "

@@ -447,6 +447,8 @@ def test_prompts_are_read_in_order_of_the_seed_and_refused_by_name(place):
   wrong = dataclasses.replace(made.data.sources[0], format='chat')
   with pytest.raises(ValueError, match='format=prompt'):
     prepare(dataclasses.replace(made.data, sources=(wrong,)), '', 6, 4, lambda line: None)
+  with pytest.raises(ValueError, match='data.seed=3: .*an order of train.seed'):
+    prepare(dataclasses.replace(made.data, seed=3), '', LENGTH - NEW, 4, lambda line: None)
 
 
 @pytest.mark.slow
