@@ -23,6 +23,7 @@ import pytest
 
 from data.tokenizers import ByteTokenizer
 from tests.test_docs import ON_TUNED, python_commands
+from training import disk
 from workdir.checkpoint import SPILLED, Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -217,9 +218,16 @@ def arrays(workdir, step) -> dict[str, np.ndarray]:
   checkpoints = Checkpoints(workdir)
   assert not checkpoints.problems(step)
   record, directory = checkpoints.record(step), checkpoints.directory / f'{step:08d}'
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   spilled = {
-    name: np.fromfile(directory / SPILLED / name, record['leaves'][name][1])
-    for name in record['spilled']
+    name: np.asarray(
+      disk.stored(
+        directory / SPILLED / name,
+        jax.ShapeDtypeStruct(*record['leaves'][name], sharding=here),
+        parts,
+      )
+    )
+    for name, parts in record['spilled'].items()
   }
   request = {name: 0 for name in record['leaves'] if name not in spilled}
   with ocp.PyTreeCheckpointer() as reader:

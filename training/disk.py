@@ -2,15 +2,17 @@
 read and written by layers.
 
 The file has no name: it is gone with the process, however that ends. What should last is copied
-(`export`) to another file, which holds the whole array as NumPy does, whatever devices it was split
-over, so that any mesh can read it.
+(`export`) to files with names, one for each shard, so that no two hosts write to the same one;
+`parts` says which has what, so that any mesh can read them.
 """
 
 import functools
+import itertools
 import math
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -94,27 +96,40 @@ class OnDisk:
         written.add(shard)
         _write(self._file, np.asarray(piece.data), self._offset(shard, first))
 
+  @property
+  def parts(self) -> tuple[int, ...]:
+    """How many shards each dimension is split into; `export` makes a file of each."""
+    return tuple(n // max(1, of_shard) for n, of_shard in zip(self.shape, self.shard_shape))
+
   def export(self, path: pathlib.Path) -> None:
-    """Copies the shards that this process is the first to hold into the file at `path`, which has
-    the size of the array.
+    """Copies the shards that this process is the first to hold into their files at `path`, which
+    `reserve` made. They are on the disk when it returns, whoever reads them from where.
     """
-    for whole, shard, first, layers in self._slices(path, owned=True):
-      whole[...] = self._read(shard, first, (layers, *self.shard_shape[1:]))
+    for device, shard in self._distinct(owned=True):
+      with open(_file_of(path, self._position(device)), 'r+b', buffering=0) as file:
+        for first, layers in self._steps():
+          rows = self._read(shard, first, (layers, *self.shard_shape[1:]))
+          _write(file, rows, self._offset(0, first))
+        os.fsync(file.fileno())
 
   def filled(self, x: jax.Array) -> 'OnDisk':
     """This, holding what x holds, which is sharded as it is."""
     self.write(x)
     return self
 
-  def load(self, path: pathlib.Path) -> 'OnDisk':
-    """This, with the shards of this process from a file that `export` filled."""
-    for whole, shard, first, _ in self._slices(path, owned=False):
-      _write(self._file, whole, self._offset(shard, first))
+  def load(self, path: pathlib.Path, parts: Sequence[int] | None) -> 'OnDisk':
+    """This, with the shards of this process from files that `export` filled, see `stored`."""
+    indices = self.sharding.devices_indices_map(self.shape)
+    for device, shard in self._distinct(owned=False):
+      begin, rest = indices[device][0].start or 0, indices[device][1:]
+      for first, layers in self._steps():
+        index = slice(begin + first, begin + first + layers), *rest
+        _write(self._file, _gathered(path, self, parts, index), self._offset(shard, first))
     return self
 
-  def _slices(self, path, owned):
-    """(part of the file at `path`, the shard that it is of, first layer, layers), a few layers at a
-    time.
+  def _distinct(self, owned: bool) -> Iterator[tuple[jax.Device, int]]:
+    """The shards of this process, each with a device that has it. owned: only those that no
+    process before it has.
     """
     indices = self.sharding.devices_indices_map(self.shape)
     owners: dict = {}
@@ -122,22 +137,20 @@ class OnDisk:
       owners.setdefault(str(indices[device]), device)
     done = set()
     for device, shard in self.shards.items():
-      if shard in done or (owned and owners[str(indices[device])] != device):
-        continue
-      done.add(shard)
-      begin, rest = indices[device][0].start or 0, indices[device][1:]
-      step = max(1, COPIED // max(1, self._offset(0, 1)))
-      for first in range(0, self.shard_shape[0], step):
-        layers = min(step, self.shard_shape[0] - first)
-        size = math.prod(self.shape[1:]) * self.dtype.itemsize
-        whole = np.memmap(
-          path,
-          self.dtype,
-          'r+' if owned else 'r',
-          (begin + first) * size,
-          (layers, *self.shape[1:]),
-        )
-        yield whole[(slice(None), *rest)], shard, first, layers
+      if shard not in done and (not owned or owners[str(indices[device])] == device):
+        done.add(shard)
+        yield device, shard
+
+  def _steps(self) -> Iterator[tuple[int, int]]:
+    """(first layer, layers) of a shard, a few at a time."""
+    step = max(1, COPIED // max(1, self._offset(0, 1)))
+    for first in range(0, self.shard_shape[0], step):
+      yield first, min(step, self.shard_shape[0] - first)
+
+  def _position(self, device: jax.Device) -> tuple[int, ...]:
+    """Of a device's shard among `parts`."""
+    index = self.sharding.devices_indices_map(self.shape)[device]
+    return tuple((at.start or 0) // max(1, n) for at, n in zip(index, self.shard_shape))
 
   def _read(self, shard, first, shape):
     x = np.empty(shape, self.dtype)
@@ -161,15 +174,45 @@ def _write(file, x: np.ndarray, offset: int) -> None:
 
 
 def reserve(path: pathlib.Path, like: OnDisk) -> None:
-  """Makes the file that `export` fills."""
+  """Makes the files that `export` fills, at their size: a host that looked before others wrote
+  remembers it.
+  """
   path.parent.mkdir(exist_ok=True)
-  with open(path, 'wb') as file:
-    file.truncate(like.nbytes)
+  for position in itertools.product(*map(range, like.parts)):
+    with open(_file_of(path, position), 'wb') as file:
+      file.truncate(math.prod(like.shard_shape) * like.dtype.itemsize)
 
 
-def stored(path: pathlib.Path, like: jax.ShapeDtypeStruct) -> jax.Array:
-  """The array of a file that `export` filled, in the shape and sharding of `like`."""
-  whole = np.memmap(path, like.dtype, 'r', shape=like.shape)
+def stored(
+  path: pathlib.Path, like: jax.ShapeDtypeStruct, parts: Sequence[int] | None
+) -> jax.Array:
+  """The array of files that `export` filled, in the shape and sharding of `like`.
+
+  parts: of what was exported; None where one file holds the whole array, as NumPy does.
+  """
   return jax.make_array_from_callback(
-    like.shape, like.sharding, lambda index: np.ascontiguousarray(whole[index])
+    like.shape, like.sharding, lambda index: _gathered(path, like, parts, index)
   )
+
+
+def _gathered(path, like, parts, index: tuple[slice, ...]) -> np.ndarray:
+  """Elements of an array from the files at `path`; see `stored`."""
+  of_file = [n // count for n, count in zip(like.shape, parts or [1] * like.ndim)]
+  ranges = [at.indices(n)[:2] for at, n in zip(index, like.shape)]
+  gathered = np.empty([stop - start for start, stop in ranges], like.dtype)
+  reached = [range(start // n, -(-stop // n)) for (start, stop), n in zip(ranges, of_file)]
+
+  for position in itertools.product(*reached):
+    file = path if parts is None else _file_of(path, position)
+    part = np.memmap(file, like.dtype, 'r', shape=tuple(of_file))
+    into, taken = [], []
+    for (start, stop), at, n in zip(ranges, position, of_file):
+      first, last = max(start, at * n), min(stop, (at + 1) * n)
+      into.append(slice(first - start, last - start))
+      taken.append(slice(first - at * n, last - at * n))
+    gathered[tuple(into)] = part[tuple(taken)]
+  return gathered
+
+
+def _file_of(path: pathlib.Path, position: tuple[int, ...]) -> pathlib.Path:
+  return path.with_name(f'{path.name}.{"_".join(map(str, position))}')

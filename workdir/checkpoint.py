@@ -112,7 +112,7 @@ class Checkpoints:
       'data': data,
       'progress': progress,
       'leaves': shapes,
-      'spilled': [*spilled],
+      'spilled': {name: x.parts for name, x in spilled.items()},
       'references': references or {},
     }
     record |= {name: x for name, x in (('config', config), ('run', run)) if x is not None}
@@ -272,7 +272,9 @@ class Checkpoints:
     saved = {
       name: (tuple(shape), dtype) for name, (shape, dtype) in self.record(step)['leaves'].items()
     }
-    wanted, spilled = named_leaves(target, only), {*self.record(step).get('spilled', ())}
+    wanted, spilled = named_leaves(target, only), self.record(step).get('spilled', {})
+    if isinstance(spilled, list):  # of older versions, a file of each
+      spilled = dict.fromkeys(spilled)
     if not any(name.startswith('models.') for name in saved):
       wanted, only = {former.name(name): x for name, x in wanted.items()}, former.name(only)
     scope = {name: leaf for name, leaf in saved.items() if not only or name.startswith(only + '.')}
@@ -293,12 +295,12 @@ class Checkpoints:
         f'checkpoint {step} in {self.directory} does not fit the config:\n  ' + '\n  '.join(wrong)
       )
     path, leaves = self._path(step), {}
-    for name in spilled & {*wanted}:
+    for name in spilled.keys() & wanted:
       where, x = path / SPILLED / name, wanted[name]
       if isinstance(x, disk.OnDisk):
-        leaves[name] = x.load(where)
+        leaves[name] = x.load(where, spilled[name])
       else:
-        leaves[name] = _as_asked(disk.stored(where, x), asked[name])
+        leaves[name] = _as_asked(disk.stored(where, x, spilled[name]), asked[name])
     # What goes to disk is read one by one, the rest together.
     rest = {name: x for name, x in wanted.items() if name not in spilled}
     alone = [name for name in rest if isinstance(asked[name], disk.OnDisk)]
