@@ -151,11 +151,7 @@ class Visits(NamedTuple):
     with mendable():
       cost = cost_of(config.train.best, evaluation)
     progress = progress if cost is None else progress.after(cost)
-    if (
-      validated
-      and config.train.eval_batches
-      and (final or progress.impatient(config.train.patience))
-    ):
+    if validated and (final or progress.impatient(config.train.patience)):
       evaluation |= self.evaluate(models, 0, go_on=True)
     if evaluation:
       watch.log(step, evaluation)
@@ -397,7 +393,7 @@ def train(
       claim(workdir, config, prepared.tokenizer, begun.record, log)
       keep_facts(workdir, cost.facts(mesh))
       place = config, prepared.tokenizer, mesh, workdir, begun.step
-      visits = Visits.of(make_evaluate(config, prepared, feed.put), *place)
+      visits = Visits.of(make_evaluate(config, prepared, feed.put, log), *place)
     watching = Watch(
       workdir,
       steps=steps,

@@ -1,8 +1,49 @@
 """What do general compressors make of a text, which a model is to beat?"""
 
+import concurrent.futures
 import gzip
+import itertools
 import lzma
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+
+LARGEST = (
+  2**28
+)  # bytes of documents, about, that are compressed in a run: xz takes minutes for them
+
+
+def beside(prepared, log: Callable[[str], object]) -> Callable[[], dict[str, float]]:
+  """Begins to compress held-out documents, in a thread beside what else is done, and gives what
+  waits for it: {} where there are none, else as `compression_baselines`.
+
+  Of more than LARGEST bytes it takes every so many documents, and says so.
+  """
+  future: concurrent.futures.Future = concurrent.futures.Future()
+
+  def compress():
+    try:
+      documents = iter(prepared.validation_documents())
+      first = next(documents, None)
+      every = 1 if first is None else -(-prepared.validation_bytes // LARGEST) or 1
+      of = itertools.islice(itertools.chain([first], documents), 0, None, every)
+      future.set_result((every, {} if first is None else compression_baselines(of)))
+    except BaseException as error:
+      future.set_exception(error)
+
+  def waited() -> dict[str, float]:
+    if not future.done():
+      log('waiting for what gzip and xz make of the held-out documents')
+    every, baselines = future.result()
+    if every > 1:
+      log(
+        f'gzip_bits_per_byte and xz_bits_per_byte are of one of {every} held-out documents: all '
+        f'are {prepared.validation_bytes / 1e6:,.0f} MB, and {LARGEST / 1e6:,.0f} are compressed'
+      )
+    return baselines
+
+  # A run that is stopped does not wait for it.
+  threading.Thread(target=compress, name='compress', daemon=True).start()
+  return waited
 
 
 def compression_baselines(documents: Iterable[str]) -> dict[str, float]:

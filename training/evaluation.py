@@ -2,39 +2,35 @@
 make of the same documents.
 """
 
-import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from data.compressors import compression_baselines
+import names
 from training import state as states
 from training.config import Config
 
 OF_EACH = ('validation_loss', 'validation_accuracy', 'bits_per_byte')  # said of each source, too
 
 
-def make_evaluate(config: Config, prepared, put):
+def make_evaluate(config: Config, prepared, put, log: Callable[[str], Any] = print):
   """The evaluation: (models, batches to read, 0 for all) -> `validation_loss` and what else the
   objective says. With go_on=True, of the same models as the last call, it reads only the batches
   behind those of that call, and is of all together. Of several sources it reads batches in turn, at
   least one of each, and says the same of each, as `validation_loss/NAME`.
 
-  Of all batches, it also gives what compressors make of the same documents: gzip_bits_per_byte,
-  xz_bits_per_byte.
+  With go_on=True, which ends a run, it also gives what compressors make of the same documents:
+  gzip_bits_per_byte, xz_bits_per_byte. The first process asks them from now on, beside the steps.
   """
   objective = config.objective
   shapes = []  # of the sums, once a batch has shown them
   rows, sums = iter(()), {}  # batches to come, and the sums of those read so far, by source
 
-  @functools.cache
-  def baselines():
-    documents = iter(prepared.validation_documents())
-    first = next(documents, None)
-    return {} if first is None else compression_baselines(itertools.chain([first], documents))
+  first = jax.process_index() == 0
+  baselines = names.imported('data.compressors.beside')(prepared, log) if first else dict
 
   def judged(models, batch):
     return objective.judged(states.applied(config, models), batch)
@@ -62,7 +58,7 @@ def make_evaluate(config: Config, prepared, put):
       # One batch ahead; with hundreds, XLA's virtual devices on a CPU wait for each other for good.
       jax.block_until_ready(before)
     verdict = verdict_of(objective, prepared, jax.device_get(sums))
-    if batches or jax.process_index():
+    if not go_on:
       return verdict
     return verdict | {f'{name}_bits_per_byte': value for name, value in baselines().items()}
 

@@ -58,7 +58,7 @@ KEYS = {
   ),
   'gzip_bits_per_byte': (
     'bits',
-    'what gzip -9 takes for the same documents; with evaluations of all',
+    'what gzip -9 takes for the same documents, or a part of many; at the end',
   ),
   'xz_bits_per_byte': ('bits', 'what xz -9 takes for them'),
   'nonfinite_steps': ('steps', 'since the last line with a number that is not finite, if any'),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import train
+from data.compressors import compression_baselines
 from data.config import SourceConfig
 from data.prepare import prepare
 from model import flops, transformer
@@ -94,7 +95,11 @@ def test_bits_per_byte_are_bits_of_bytes(config, prepared, one_device):
   assert found['validation_loss'] == pytest.approx(total / tokens, rel=1e-5)
   assert found['bits_per_byte'] == pytest.approx(total / math.log(2) / size, rel=1e-5)
   part = evaluate({'policy': model}, 1)
-  assert evaluate({'policy': model}, go_on=True) == found
+  at_the_end = evaluate({'policy': model}, go_on=True)
+  # In the middle of a run nothing waits for compressors.
+  assert at_the_end == found | {
+    f'{name}_bits_per_byte': x for name, x in compression_baselines(texts).items()
+  }
   first = next(iter(config.objective.validation_batches(prepared, config.data, feed.put.rows)))
   alone = evaluate({'policy': model}, 10**6)
   assert alone['validation_loss'] == found['validation_loss']
@@ -170,7 +175,7 @@ def test_each_source_is_judged_by_its_own_texts(several, one_device):
   first_two = evaluate({'policy': model}, 2)
   assert first_two.keys() >= {'validation_loss/long', 'validation_loss/short'}
   assert evaluate({'policy': model}, 1) == first_two, 'one of each, however few are asked for'
-  assert evaluate({'policy': model}, go_on=True) == of_all
+  assert evaluate({'policy': model}, go_on=True).items() >= of_all.items()
 
 
 def test_flops_are_of_documents_as_long_as_they_are(config, prepared, one_device):
