@@ -391,7 +391,7 @@ def train(
     with mendable():
       window = names.imported('workdir.profile.ProfileWindow')(profile, workdir / 'profile', steps)
       claim(workdir, config, prepared.tokenizer, begun.record, log)
-      keep_facts(workdir, cost.facts(mesh))
+      keep_facts(workdir, facts := cost.facts(mesh))
       place = config, prepared.tokenizer, mesh, workdir, begun.step
       visits = Visits.of(make_evaluate(config, prepared, feed.put, log), *place)
     watching = Watch(
@@ -399,8 +399,8 @@ def train(
       steps=steps,
       log_every=config.train.log_every,
       flops_per_token=cost.flops_per_token,
-      devices=mesh.size,
-      peak=hardware.peak(cost.chip, config.model.execution.dtype),
+      chips=facts['chips'],
+      peak=cost.peak(config, mesh),
     )
     with watching as watch, hosts.StopSignal() as signal:
       watch.write_text(begun.step, 'config', names.imported('workdir.report.described')(config))
@@ -460,6 +460,11 @@ class RunCost(NamedTuple):
   parameters: int
   flops_per_token: float
   chip: hardware.Chip | None
+
+  def peak(self, config: configs.Config, mesh: jax.sharding.Mesh) -> float | None:
+    """FLOP/s of all devices together, where it is known."""
+    of_device = hardware.peak(self.chip, config.model.execution.dtype)
+    return of_device and of_device * mesh.size
 
   def facts(self, mesh: jax.sharding.Mesh) -> dict:
     """What a report says besides what was measured, JSON-able."""

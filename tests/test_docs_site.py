@@ -187,7 +187,7 @@ def test_every_key_of_a_line_is_in_the_table():
   known |= set(window.line()) | set(watch.memory())
   # Of train.py's evaluation, of the totals, and of what a CPU does not tell.
   known |= {'gzip_bits_per_byte', 'xz_bits_per_byte', 'mfu', 'tokens', 'train_seconds'}
-  known |= {'wall_seconds', 'device_bytes', 'device_share'}
+  known |= {'wall_seconds', 'chip_seconds', 'device_bytes', 'device_share'}
   assert known == set(metrics.KEYS)
 
 

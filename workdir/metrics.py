@@ -69,6 +69,7 @@ KEYS = {
   'tokens': ('tokens', 'since the run began, padding left out'),
   'train_seconds': ('s', 'in steps, since the run began'),
   'wall_seconds': ('s', 'the same with evaluations and checkpoints'),
+  'chip_seconds': ('chips x s', 'by the chips of each start; steps done twice are in it twice'),
   'device_bytes': ('bytes', 'peak on the first device, where the backend tells'),
   'device_share': ('0 to 1', 'of what a device may use'),
   'host_bytes': ('bytes', 'resident memory of process 0'),

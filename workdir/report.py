@@ -114,9 +114,22 @@ def conclude(
   problem = '' if record is None else metrics_problem(record, directory)
   if problem:
     return f'WARNING: {problem}: there is no report of it'
+  if record is not None and (directory / FACTS).exists():
+    # Of the machine that did it, not of the one that looks.
+    with commands.mendable():
+      facts = kept_facts(directory)
   report = write_report(directory, config.report, settings=config, **facts)
   table, *_ = report.read_text().partition('\n## ')
   return (table if not interrupted else '') + f'\nwrote {report}'
+
+
+def kept_facts(directory: pathlib.Path) -> dict:
+  """What a run's last start that trained knew for its report. Raises ValueError where it was
+  changed since.
+  """
+  path = directory / FACTS
+  values = files.json_object(path.read_bytes(), path)
+  return files.unsealed(values, path, 'it is written when the run goes on')
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,9 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       raise FileNotFoundError(
         f'{path} does not exist: the run is of an older version; when it goes on, it is written'
       )
-    values = files.json_object(path.read_bytes(), path)
-    facts = files.unsealed(values, path, 'it is written when the run goes on')
-    report = write_report(directory, config.report, settings=config, **facts)
+    report = write_report(directory, config.report, settings=config, **kept_facts(directory))
   print(report.read_text() + f'\nwrote {report}')
 
 
@@ -382,27 +393,32 @@ class Spent(NamedTuple):
   """What a run took."""
 
   hours: float
+  chip_hours: float
   kwh: float
   kilograms_co2: float
 
 
 def spent(lines: Sequence[Mapping[str, float]], config: ReportConfig, chips: int) -> Spent:
-  """By the hours of a run, evaluation and checkpoints included; 0 of what has no rate."""
+  """By the hours of a run, evaluation and checkpoints included; 0 of what has no rate.
+
+  chips: of lines that do not say by how many they were done.
+  """
   hours = lines[-1]['wall_seconds'] / 3600
-  kwh = hours * chips * config.watts_per_chip / 1000 * config.pue
-  return Spent(hours, kwh, kwh * config.kilograms_co2_per_kwh)
+  chip_hours = lines[-1].get('chip_seconds', 3600 * hours * chips) / 3600
+  kwh = chip_hours * config.watts_per_chip / 1000 * config.pue
+  return Spent(hours, chip_hours, kwh, kwh * config.kilograms_co2_per_kwh)
 
 
 def cost(
   lines: Sequence[Mapping[str, float]], config: ReportConfig, chips: int
 ) -> list[tuple[str, str]]:
   """(what, how much) of hours, and of what follows from them by the rates that are known."""
-  hours, energy, carbon = spent(lines, config, chips)
-  dollars = hours * chips * config.dollars_per_chip_hour
+  hours, chip_hours, energy, carbon = spent(lines, config, chips)
+  dollars = chip_hours * config.dollars_per_chip_hour
   rows = [
     ('Hours, steps only', f'{lines[-1]["train_seconds"] / 3600:.3g}'),
     ('Hours, with evaluation and checkpoints', f'{hours:.3g}'),
-    ('Chip-hours', f'{hours * chips:.3g}'),
+    ('Chip-hours', f'{chip_hours:.3g}'),
   ]
   if config.dollars_per_chip_hour:
     rows.append(('Cost', f'${amount(dollars, 2)}'))

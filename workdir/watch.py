@@ -52,8 +52,8 @@ class Watch:
     steps: the steps that this process will run, e.g. range(resumed_step, total_steps).
     log_every: a line is written when step % log_every == 0, at the last step, and at each pause.
     flops_per_token: model FLOPs of training on a token (model.flops.train_flops_per_token).
-    devices, peak: how many jax devices compute, and FLOP/s of one (analysis.hardware.peak). With
-      peak=None, no MFU is recorded or shown.
+    chips, peak: how many the run holds, and FLOP/s of all their devices (analysis.hardware.peak).
+      With peak=None, no MFU is recorded or shown.
     tensorboard: also write TensorBoard events, from a background thread.
     write: False keeps the clock and the host copies but writes and shows nothing: processes other
       than 0.
@@ -63,8 +63,9 @@ class Watch:
   A line holds `step`, the mean of each metric over the steps since the last line (over its finite
   values, if some are not: `nonfinite_steps` counts steps with others), and tokens,
   tokens_per_second, step_seconds (mean), mfu, train_seconds (in steps), wall_seconds (pauses too),
-  device_bytes (peak), device_share (of the limit), host_bytes (resident). The first step holds the
-  compilation: it is `first_step_seconds`, and in no other time or rate of its line but the totals.
+  chip_seconds (of all chips, of lines that were dropped too), device_bytes (peak), device_share (of
+  the limit), host_bytes (resident). The first step holds the compilation: it is
+  `first_step_seconds`, and in no other time or rate of its line but the totals.
   """
 
   def __init__(
@@ -74,7 +75,7 @@ class Watch:
     steps: range,
     log_every: int = 10,
     flops_per_token: float = 0.0,
-    devices: int = 1,
+    chips: int = 1,
     peak: float | None = None,
     tensorboard: bool = True,
     write: bool | None = None,
@@ -89,7 +90,7 @@ class Watch:
       raise ValueError(f'steps={steps}: steps follow one another; give range(first, last + 1)')
     self.path = files.place(directory) / FILE
     self._steps, self._log_every, self._clock = steps, log_every, clock
-    self._flops_per_token, self._devices, self._peak = flops_per_token, devices, peak
+    self._flops_per_token, self._chips, self._peak = flops_per_token, chips, peak
     self._write = jax.process_index() == 0 if write is None else write
     self._stream = stream or sys.stdout
     events = self.path.parent / 'tensorboard'
@@ -101,7 +102,7 @@ class Watch:
     self._logged: set[str] = set()  # names that `log` has given: of evaluations
     self._pauses = 0
     self._handed = steps.start - 1
-    self._totals = {'tokens': 0, 'train_seconds': 0.0, 'wall_seconds': 0.0}
+    self._totals = {'tokens': 0, 'train_seconds': 0.0, 'wall_seconds': 0.0, 'chip_seconds': 0.0}
 
   def __enter__(self) -> 'Watch':
     if self._write:
@@ -109,6 +110,8 @@ class Watch:
         self._stream, self._steps
       )
       self.path.parent.mkdir(parents=True, exist_ok=True)
+      # What chips were held for is spent, also where it is done again.
+      held = _chip_seconds(read_metrics(self.path), self._chips)
       dropped = drop_from(self.path, self._steps.start)
       if dropped:
         self.print(
@@ -119,6 +122,7 @@ class Watch:
       self._totals.update(
         {name: kept[-1][name] for name in self._totals if kept and name in kept[-1]}
       )
+      self._totals['chip_seconds'] = held
       self._lines = Lines(self.path)
     self._mark = self._entered = self._clock()
     self._first = True
@@ -205,8 +209,14 @@ class Watch:
     """
     if not self._write:
       return {}
-    wall = self._totals['wall_seconds'] + self._clock() - self._entered
-    return self._lines.mark() | {'totals': self._totals | {'wall_seconds': wall}}
+    return self._lines.mark() | {'totals': self._totals_now()}
+
+  def _totals_now(self) -> dict[str, float]:
+    here = self._clock() - self._entered
+    return self._totals | {
+      'wall_seconds': self._totals['wall_seconds'] + here,
+      'chip_seconds': self._totals['chip_seconds'] + here * self._chips,
+    }
 
   def print(self, text: str):
     """Shows a line of text without disturbing the progress bar."""
@@ -243,19 +253,24 @@ class Watch:
     self._line = self._window.line()
     if self._peak is not None and 'tokens_per_second' in self._line:
       rate = self._flops_per_token * self._line['tokens_per_second']
-      self._line['mfu'] = flops.mfu(rate, self._devices, self._peak)
+      self._line['mfu'] = flops.mfu(rate, 1, self._peak)
     self._window = _Window()
 
   def _write_line(self):
     line, self._line = self._line, {}
     if not line or not self._write:
       return
-    wall = self._totals['wall_seconds'] + self._clock() - self._entered
-    line |= self._totals | {'wall_seconds': wall} | memory()
+    line |= self._totals_now() | memory()
     self._lines.append(line)
     if self._tensorboard:
       self._tensorboard.write(line, self._logged)
     self._view.show(line)
+
+
+def _chip_seconds(lines, chips: int) -> float:
+  """Those that a run's lines say; of older ones, whose chips are not known, by as many as now."""
+  last = lines[-1] if lines else {}
+  return last.get('chip_seconds', last.get('wall_seconds', 0.0) * chips)
 
 
 class _Window:

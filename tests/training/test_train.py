@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import files
 from data.config import SourceConfig, TokenizerConfig
 from kernels import flash_gpu, mosaic_gpu_compat
 from kernels.blocks import Blocks
@@ -36,6 +37,7 @@ from training import config as configs, overrides
 from training.optimizer import OPTIMIZERS, make_schedule
 from workdir.checkpoint import Checkpoints
 from workdir.metrics import read_metrics
+from workdir.seals import FACTS
 
 BATCHES = make_batches(3)
 MESHES = (
@@ -560,13 +562,18 @@ def test_a_run_goes_on_though_what_it_began_with_has_moved(corpus, tmp_path, mon
 
 @pytest.mark.slow
 def test_a_finished_run_has_nothing_to_do_but_its_report(straight, corpus, capsys):
+  # As 64 others left it, which are not here.
+  facts = json.loads((straight / FACTS).read_text())
+  facts.pop(files.SEAL)
+  theirs = files.sealed(facts | {'chips': 64, 'hardware': 'TPU v9'})
+  (straight / FACTS).write_text(json.dumps(theirs))
   (straight / 'report.md').unlink()
   before = sorted(path.name for path in (straight / 'checkpoints').iterdir())
   run_here(on(corpus), straight)
   assert (
     'nothing to do: checkpoint 6 has reached train.steps=6; raise it' in capsys.readouterr().out
   )
-  assert (straight / 'report.md').exists()
+  assert '64 x TPU v9' in (straight / 'report.md').read_text()
   assert sorted(path.name for path in (straight / 'checkpoints').iterdir()) == before
 
 

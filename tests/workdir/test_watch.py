@@ -74,7 +74,7 @@ def test_a_step_is_read_only_after_the_next_is_dispatched(tmp_path):
 
 def test_step_seconds_lie_between_completions(tmp_path):
   device, seconds = Device(), [30.0, 1.0, 2.0, 0.5, 4.0]
-  with watch(tmp_path, device, range(5), flops_per_token=10, devices=4, peak=100.0) as w:
+  with watch(tmp_path, device, range(5), flops_per_token=10, peak=400.0) as w:
     for step, duration in enumerate(seconds):
       w.step(step, {'loss': device.run(step, duration)}, tokens=8)
   first, *others = lines(tmp_path)
@@ -161,6 +161,28 @@ def test_resuming_has_each_step_once_and_totals_go_on(tmp_path, killed):
   assert [line['tokens'] for line in written] == [5 * (step + 1) for step in range(10)]
   assert [line['train_seconds'] for line in written] == [2, 4, 6, 8, 10, 12, 13, 14, 15, 16]
   assert f'dropped {2 + killed} line(s) at or after step 6' in log.getvalue()
+  assert written[-1]['wall_seconds'] == 16
+
+
+def test_chips_of_each_start_count_and_so_do_steps_that_were_done_twice(tmp_path):
+  """Eight steps of 2 s on one chip, of which two are done again, and two more, on four chips."""
+  device = Device()
+  for steps, chips in ((range(8), 1), (range(6, 10), 4)):
+    with watch(tmp_path, device, steps, chips=chips) as w:
+      for step in steps:
+        w.step(step, {'loss': device.run(step, 2)}, tokens=5)
+      mark = w.mark()
+  last = lines(tmp_path)[-1]
+  assert last['wall_seconds'] == 20 and last['chip_seconds'] == 8 * 2 + 4 * 2 * 4
+  assert mark['totals']['chip_seconds'] == 8 * 2 + 4 * 3 * 2
+
+
+def test_older_lines_count_by_the_chips_of_now(tmp_path):
+  (tmp_path / FILE).write_text('{"step": 0, "loss": 1.0, "wall_seconds": 6.0, "tokens": 1}\n')
+  device = Device()
+  with watch(tmp_path, device, range(1, 2), chips=2) as w:
+    w.step(1, {'loss': device.run(1, 2)}, tokens=5)
+  assert lines(tmp_path)[-1]['chip_seconds'] == 16
 
 
 def test_an_error_keeps_what_completed(tmp_path):
