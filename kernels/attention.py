@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import names
-from kernels import blocks as block_sizes, flash, near, reference
+from kernels import blocks as block_sizes, flash, reference
 from kernels.blocks import Blocks
 from kernels.scoring import Scoring
 from parallel import axes as ax, mesh
@@ -161,8 +161,8 @@ def attention(
   if backend in flash.KERNELS:  # what these keep for the backward pass has its name already
     return flash.attention(backend, q, k, v, scoring, blocks=blocks)
   run = {'reference': reference.attention, 'blocked': blocked, 'xla': xla}[backend]
-  if backend == 'blocked' and near.wanted(q, k, scoring, BLOCK):
-    out, lse = near.attention(q, k, v, scoring, blocked)
+  if backend == 'blocked' and _near('wanted')(q, k, scoring, BLOCK):
+    out, lse = _near('attention')(q, k, v, scoring, blocked)
   else:
     out, lse = run(q, k, v, scoring)
   return named(out, 'attention'), lse
@@ -292,6 +292,11 @@ def _too_new() -> frozenset[str]:
   """Kernels that the GPU at hand cannot run."""
   hopper = mesh.platform() != 'gpu' or _cudnn('capability')()[0] == 9
   return frozenset(() if hopper else {'pallas_gpu'})
+
+
+def _near(name: str):
+  """Of kernels.near, which is for CPUs."""
+  return names.imported(f'kernels.near.{name}')
 
 
 def _cudnn(name: str):

@@ -34,7 +34,6 @@ from objectives.objective import MAIN
 from parallel import hosts
 from training import disk
 from training.trainable import divided, joined
-from workdir import former
 from workdir.metrics import lowest
 from workdir.progress import LOSS
 
@@ -276,11 +275,12 @@ class Checkpoints:
     if isinstance(spilled, list):  # of older versions, a file of each
       spilled = dict.fromkeys(spilled)
     if not any(name.startswith('models.') for name in saved):
-      wanted, only = {former.name(name): x for name, x in wanted.items()}, former.name(only)
+      former = names.imported('workdir.former.name')
+      wanted, only = {former(name): x for name, x in wanted.items()}, former(only)
     scope = {name: leaf for name, leaf in saved.items() if not only or name.startswith(only + '.')}
     # What was kept narrow is read so, and widened.
     asked = dict(wanted)
-    wanted |= former.narrow(wanted, scope)
+    wanted |= names.imported('workdir.former.narrow')(wanted, scope)
     wrong = [f'{name}: not in the checkpoint' for name in wanted if name not in scope]
     wrong += [
       f'{name}: in the checkpoint only' for name in scope if name not in wanted and not some
@@ -343,9 +343,10 @@ class Checkpoints:
     get wider.
     """
     types = {name: dtype for name, (_, dtype) in self.record(step)['leaves'].items()}
+    former = names.imported('workdir.former.name')
 
     def kept(name, x):
-      dtype = types.get(name, types.get(former.name(name), x.dtype))
+      dtype = types.get(name, types.get(former(name), x.dtype))
       float_ = all(jnp.issubdtype(d, jnp.floating) for d in (dtype, x.dtype))
       return jax.ShapeDtypeStruct(x.shape, dtype if float_ else x.dtype, sharding=x.sharding)
 
@@ -458,7 +459,8 @@ def _aside(path: pathlib.Path) -> pathlib.Path:
 
 
 def _as_asked(x: jax.Array, asked):
-  x = former.widened(x, asked)
+  if x.dtype != asked.dtype:
+    x = names.imported('workdir.former.widened')(x, asked)
   return asked.filled(x) if isinstance(asked, disk.OnDisk) else x
 
 
