@@ -7,9 +7,8 @@ import lzma
 import threading
 from collections.abc import Callable, Iterable
 
-LARGEST = (
-  2**28
-)  # bytes of documents, about, that are compressed in a run: xz takes minutes for them
+# Bytes of documents, about, that are compressed in a run: xz takes minutes for them.
+LARGEST = 2**28
 
 
 def beside(prepared, log: Callable[[str], object]) -> Callable[[], dict[str, float]]:
