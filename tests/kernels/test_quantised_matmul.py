@@ -133,12 +133,10 @@ def test_it_compiles_and_makes_no_matrix(chip, scheme):
 @pytest.mark.slow
 @pytest.mark.parametrize('scheme', ['int4:group=128', 'int8:group=128'])
 def test_many_rows_compile(scheme):
-  """As many as a block has, of inputs that are not of eight groups each; of more rows numbers."""
+  """As many as a block has, of inputs that do not fall into eight groups."""
   compiled = compiled_for('v5e:1x1', scheme, tpu.ROWS, 11008, 4096)
   assert 'tpu_custom_call' in compiled.as_text()
   assert compiled.memory_analysis().temp_size_in_bytes < 11008 * 4096 // 8
-  more = compiled_for('v5e:1x1', scheme, 16 * tpu.ROWS, 11008, 4096)
-  assert 'tpu_custom_call' not in more.as_text()
 
 
 def compiled_for(chip: str, scheme: str, rows: int, K: int, F: int):

@@ -101,6 +101,7 @@ def test_others_are_refused_by_name(place, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path):
   """Bit for bit, also from within a rollout; held-out prompts are answered."""
   made = config(place, train={'steps': 7, 'eval_every': 3, 'save_every': 3})
