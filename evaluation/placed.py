@@ -37,6 +37,10 @@ def results(
   known = dict(map(tasks.read, own))
   for summary in page.read(place):
     if summary.task not in known and summary.task not in tasks.known():
+      print(
+        f'NOTE: {summary.name} is left out: {summary.task} is none of configs/tasks, so what its '
+        f'rows have is not known; name its file by --tasks=FILE'
+      )
       continue
     task = known.get(summary.task) or tasks.read(summary.task)[1]
     try:

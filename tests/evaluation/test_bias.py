@@ -231,7 +231,7 @@ def get_task():
 """
 
 
-def test_a_file_that_was_changed_since_is_refused(tmp_path):
+def test_a_file_that_was_changed_since_is_refused(tmp_path, capsys):
   """Lines and rows belong together by what was asked: not in another order or category, nor as many
   others.
   """
@@ -260,6 +260,10 @@ def test_a_file_that_was_changed_since_is_refused(tmp_path):
   summary = running.Summary('own', settings | {'chat': False}, 10, 'ab', 0.5, {}, {}, {})
   (tmp_path / 'own-0.json').write_text(json.dumps(vars(summary)))
   assert likelier() == {'age': 1, 'race': 0, 'all': 0.6}
+  capsys.readouterr()
+  with pytest.raises(SystemExit, match='no results of tasks of bias'):
+    bias.main([str(tmp_path), f'--data={tmp_path}'])
+  assert 'NOTE: own-0 is left out: own is none of configs/tasks' in capsys.readouterr().out
 
   for changed, said in (
     (rows[::-1], 'own-0.jsonl: line 0, of pairs.csv:2, is of another question than pairs.csv:2 is'),
