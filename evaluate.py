@@ -334,7 +334,8 @@ def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
     print(f'NOTE: {note}')
   print(f'\nwrote {output}/{page.PAGE}, {page.PICTURE}, {page.VALUES} and a .jsonl of each')
   if failed:
-    sys.exit(f'error: {len(failed)} of {len(tasks | failed)} tasks failed: {", ".join(failed)}')
+    asked = len(done) + len(failed)
+    sys.exit(f'error: {len(failed)} of {asked} tasks failed: {", ".join(failed)}')
 
 
 def evaluate_harness(ways: list[int], output: pathlib.Path) -> None:

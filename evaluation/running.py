@@ -185,7 +185,8 @@ def evaluate(
   output: pathlib.Path,
   log: Callable[[str], Any] = print,
 ) -> tuple[list[Summary], dict[str, str]]:
-  """(summaries, {name of a task that failed: why}), which are written into a directory.
+  """(summaries, {task that failed, or, of several ways, TASK-SHOTS: why}), which are written into a
+  directory.
 
   tasks: by name. shots: how many examples stand before each question; several. run: what is
     evaluated, JSON-able.
@@ -212,19 +213,20 @@ def evaluate(
 
   summaries = []
   for name, task, place in asked:
-    if name in failed:
-      continue
     try:
       summaries.append(_one(model, name, task, manner, place, log))
     except Exception as error:  # the file of a task can fail in any way that a program can
-      failed[name] = _why(error)
-      log(f'ERROR: task {name}: {failed[name]}')
+      # What cannot be asked with so many examples may be asked with fewer.
+      several = sum(other == name for other, _, _ in asked) > 1
+      each = f'{name}-{place.settings["shots"]}' if several else name
+      failed[each] = why(error)
+      log(f'ERROR: task {each}: {failed[each]}')
   return summaries, failed
 
 
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
   """What an error says, in a line; of one that is no check's, where it was raised, too."""
-  if isinstance(error, ValueError | OSError | ImportError):
+  if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
     return commands.said(error).split('\n')[0]
   frame = traceback.extract_tb(error.__traceback__)[-1]
   said = str(error).split('\n')[0]

@@ -422,6 +422,10 @@ def test_a_task_that_raises_is_named_and_others_go_on(tmp_path):
   )
   assert "rows():1: prompt failed: UndefinedError: 'question' is undefined" in failed['wrong']
   assert 'the row has q, options, a' in failed['wrong']
+  # Whatever cannot be asked first: the other way is asked all the same.
+  for shots in ((40, 0), (0, 40)):
+    summaries, failed = evaluated(tmp_path, asked={'choose': CHOICE}, shots=shots)
+    assert [each.name for each in summaries] == ['choose-0'] and [*failed] == ['choose-40']
 
 
 def test_scores_that_are_no_numbers_are_counted(tmp_path, monkeypatch):
