@@ -39,7 +39,7 @@ from data import labelled
 from data.template import Template
 from decode import opening
 from decode.generator import Generator
-from evaluation import classify, harness, heads, page, rewards, running, task
+from evaluation import classify, harness, harness_results, heads, page, rewards, running, task
 from evaluation.examples import Manner
 from evaluation.prompts import Shots
 from evaluation.sandbox import Sandbox
@@ -350,9 +350,14 @@ def evaluate_harness(ways: list[int], output: pathlib.Path) -> None:
   given = LIMIT.value, SEED.value, CHAT.value, SYSTEM.value
   settings = harness.HarnessSettings(tuple(LM_EVAL.value), LM_EVAL_PATH.value, shots, *given)
   model, of = opened()
-  rows = harness.evaluate(model, settings, of, output)
-  commands.table('lm_eval, with 95% intervals', ['task', 'metric', 'score', 'n'], rows)
+  said = harness.evaluate(model, settings, of, output)
+  if rows := harness_results.rows(said):
+    commands.table('lm_eval, with 95% intervals', ['task', 'metric', 'score', 'n'], rows)
+  for note in harness_results.notes(said):
+    print(f'NOTE: {note}')
   print(f'\nwrote {output}/lm_eval.json, and lm_eval-TASK.jsonl of each')
+  if said['failed']:
+    sys.exit(f'error: of --lm_eval failed: {", ".join(said["failed"])}')
 
 
 def run() -> None:

@@ -4,15 +4,19 @@ count, our engine to score and to write; the same numbers as its own transformer
 What the harness asks is text. It begins as the tokenizer's files say, which is what transformers
 does: not always with the id that begins all texts that are trained on here. A pair is encoded as
 one and cut where the context ends.
+
+Each task is asked by itself, and kept when it ends: one that raises is named, and the others go on.
 """
 
+import collections
 import contextlib
 import dataclasses
-import hashlib
 import importlib.machinery
 import importlib.util
 import json
+import math
 import pathlib
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,15 +28,14 @@ import names
 from data.tokenizer import in_utf8
 from decode.choices import PairScore, room, score_pairs
 from decode.generator import Generator
-from evaluation import writing
+from decode.request import FAILED, LENGTH
+from evaluation import harness_results, writing
 from evaluation.examples import chat_of, chat_settings
-from evaluation.intervals import bootstrap, wilson
-from evaluation.running import ProgressLine, check_own, finite
+from evaluation.harness_results import FILE
+from evaluation.running import CHANGED, ProgressLine, check_own, finite, read_lines, why
 from evaluation.task import Generate
 
-FILE = 'lm_eval.json'
 PAIRS = 1024  # that are scored between two lines of progress
-RESAMPLES = 200  # of documents, whose metric may take long
 NEW = 256  # tokens of an answer whose task names no other number, as there
 # What a task may say of generation; all else would change answers, and is refused.
 KNOWN = ('until', 'do_sample', 'temperature', 'max_gen_toks')
@@ -89,50 +92,174 @@ class HarnessSettings:
   bos: bool | None = None
 
 
+class KeptAlready(Exception):
+  """What a task asks was answered before."""
+
+
 def evaluate(
   model: Generator,
   settings: HarnessSettings,
   of: Mapping[str, Any],
   output: pathlib.Path,
   log: Callable[[str], Any] = print,
-) -> list[list[str]]:
-  """Runs it; rows of a table: task, metric, score with its interval, documents.
+) -> dict[str, Any]:
+  """Runs it, and gives what lm_eval.json then has: see evaluation/harness_results.py.
 
-  of: what is said of the model in the results. Writes lm_eval.json, and of each task's documents
-  lm_eval-TASK.jsonl. Raises ValueError for tasks that it does not know, and where the directory has
-  another evaluation; ImportError without it.
+  of: what is said of the model in the results. Writes, as each task ends, lm_eval.json, and of its
+  documents lm_eval-TASK.jsonl; a task that is there already is not asked again. One that raises is
+  named in `failed`, and so is a group of it. Raises ValueError for tasks that it does not know, and
+  where the directory has another evaluation; ImportError without it.
   """
   asked = dataclasses.asdict(settings) | (chat_settings(model.tokenizer) if settings.chat else {})
-  check_own(output / FILE, {**of, 'settings': asked})
   if not model.model.config.causal:
     raise ValueError('an encoder writes nothing behind a text, which is all that --lm_eval asks')
   with importable() as lm_eval:
     manager = lm_eval.tasks.TaskManager(include_path=settings.path or None)
     for name in settings.tasks:
       names.check('--lm_eval', name, manager.all_tasks)
-    results = lm_eval.simple_evaluate(
-      model=adapter(model, settings, log),
-      tasks=[*settings.tasks],
-      task_manager=manager,
-      num_fewshot=settings.shots,
+    said = _begun(output, {'lm_eval': lm_eval.__version__, **of, 'settings': asked})
+    for name in dict.fromkeys(settings.tasks):
+      try:
+        _seed(settings.seed)
+        loaded = manager.load([name])
+      except Exception as error:  # a task's files can fail in any way that a program can
+        _fails(said, name, why(error), output, log)
+        continue
+      for task_name, task in loaded['tasks'].items():
+        try:
+          made = _one(model, task, settings, said['tasks'].get(task_name), output, log)
+        except Exception as error:
+          _fails(said, task_name, why(error), output, log)
+          continue
+        said['tasks'][task_name] = made
+        _write(said, output)
+      for group in loaded['groups'].values():
+        _group(said, group, settings.seed, output, log)
+  return said
+
+
+def _begun(output: pathlib.Path, of: Mapping[str, Any]) -> dict[str, Any]:
+  """What is there of this evaluation. Raises ValueError where it is of another one."""
+  check_own(output / FILE, of)
+  path = output / FILE
+  kept = files.json_object(path.read_bytes(), path) if path.exists() else {}
+  return {**of, 'tasks': kept.get('tasks', {}), 'groups': {}, 'failed': {}}
+
+
+def _write(said: dict[str, Any], output: pathlib.Path) -> None:
+  for kind in ('tasks', 'groups', 'failed'):  # the same bytes in whatever order they came
+    said[kind] = finite(dict(sorted(said[kind].items())))
+  files.replace(output / FILE, json.dumps(finite(said), indent=1) + '\n')
+
+
+def _fails(said: dict[str, Any], name: str, reason: str, output: pathlib.Path, log) -> None:
+  said['failed'][name] = reason
+  log(f'ERROR: task {name}: {reason}')
+  _write(said, output)
+
+
+def _seed(seed: int) -> None:
+  """As the harness does, for what a task draws by whatever generator."""
+  from lm_eval.utils import set_torch_seed
+
+  random.seed(seed)
+  np.random.seed(seed)
+  set_torch_seed(seed)
+
+
+def _one(model, task, settings: HarnessSettings, kept: Mapping | None, output, log) -> dict:
+  """What is said of a task, whose documents are written; of one that is there already, that.
+
+  Raises ValueError where what is there is of other questions, FloatingPointError where the model
+  has no finite score.
+  """
+  from lm_eval import evaluator
+
+  def begin() -> None:  # when it is known what is asked, and before any of it is
+    if kept is None:
+      return
+    digest = harness_results.digest_of(task.instances)
+    if digest != kept['prompts']:
+      raise ValueError(
+        f'{output / FILE} is of other questions of {task.task_name}, {kept["n"]} with digest '
+        f'{kept["prompts"]}, which is now {digest}: {CHANGED}'
+      )
+    raise KeptAlready
+
+  _seed(settings.seed)
+  # As lm_eval.simple_evaluate has it, which a task of no examples does not let change that.
+  if task.get_config('num_fewshot') is None or (
+    settings.shots is not None and task.get_config('num_fewshot') != 0
+  ):
+    task.set_config(key='num_fewshot', value=settings.shots or 0)
+  task.set_fewshot_seed(seed=settings.seed)
+  counts: collections.Counter[str] = collections.Counter()
+  name = task.task_name
+  try:
+    results = evaluator.evaluate(
+      lm=adapter(model, settings, log, counts, begin),
+      task_dict={'tasks': {name: task}, 'groups': {}},
       limit=settings.limit or None,
       log_samples=True,
-      bootstrap_iters=0,  # in forks, which JAX's threads do not survive; see `estimated`
-      random_seed=settings.seed,
-      numpy_random_seed=settings.seed,
-      torch_random_seed=settings.seed,
-      fewshot_random_seed=settings.seed,
+      bootstrap_iters=0,  # in forks, which JAX's threads do not survive; see harness_results
       apply_chat_template=settings.chat,
       fewshot_as_multiturn=settings.chat,
       system_instruction=settings.system or None,
     )
-    version = lm_eval.__version__
-  return _written(results, version, asked, of, output)
+  except KeptAlready:
+    log(f'{name}: is there already')
+    return dict(kept)
+  if counts['requests'] and counts['nan'] + counts['failed'] == counts['requests']:
+    raise FloatingPointError(
+      f'none of {counts["requests"]} scores is a finite number; the model is broken: take another '
+      'checkpoint (--checkpoint)'
+    )
+  samples = results['samples'][name]
+  lines = (json.dumps(finite(sample), default=str) + '\n' for sample in samples)
+  files.replace(output / f'lm_eval-{name}.jsonl', ''.join(lines))
+  return {
+    # Of each document there is a sample for every filter.
+    'n': len({sample['doc_id'] for sample in samples}),
+    'metrics': harness_results.of_task(results['results'][name], samples, settings.seed),
+    'prompts': harness_results.digest_of(task.instances),
+    'version': results['versions'].get(name),
+    'counts': dict(counts),
+  }
 
 
-def adapter(model: Generator, settings: HarnessSettings, log: Callable[[str], Any] = print):
-  """The model as the harness takes it, an lm_eval.api.model.TemplateLM; within `importable`."""
+def _group(said: dict[str, Any], group, seed: int, output: pathlib.Path, log) -> None:
+  """Adds what the harness makes of a group's tasks, where it makes something of them."""
+  if not group.has_aggregation:
+    return
+
+  def documents(name: str) -> list:
+    return [*read_lines(output / f'lm_eval-{name}.jsonl')]
+
+  names_of = [task.task_name for task in group.get_all_tasks()]
+  lost = [name for name in names_of if name in said['failed'] or name not in said['tasks']]
+  if lost:
+    reason = f'its score is of all its tasks, and {", ".join(lost)} failed'
+    _fails(said, group.name, reason, output, log)
+    return
+  said['groups'][group.name] = harness_results.of_group(group, said['tasks'], documents, seed)
+  _write(said, output)
+
+
+def adapter(
+  model: Generator,
+  settings: HarnessSettings,
+  log: Callable[[str], Any] = print,
+  counts: collections.Counter[str] | None = None,
+  begin: Callable[[], None] = lambda: None,
+):
+  """The model as the harness takes it, an lm_eval.api.model.TemplateLM; within `importable`.
+
+  counts: where it is counted what it is asked, and harness_results.COUNTED of that. begin: is
+    called before anything is scored or written.
+  """
   from lm_eval.api.model import TemplateLM
+
+  counts = collections.Counter() if counts is None else counts
 
   class Tandem(TemplateLM):
     """Attributes: those that the harness reads of a model."""
@@ -148,25 +275,29 @@ def adapter(model: Generator, settings: HarnessSettings, log: Callable[[str], An
       return encoded(model, string, self.begins, add_special_tokens is not False)
 
     def _loglikelihood_tokens(self, requests, **_):
+      begin()
       pairs = [(context, continuation) for _, context, continuation in requests]
-      return [(score.logprob, score.greedy) for score in scored(model, pairs, log)]
+      return [(score.logprob, score.greedy) for score in scored(model, pairs, log, counts)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
       from lm_eval import utils
 
-      pairs, counts = [], []
+      begin()
+      pairs, sizes = [], []
       for request in requests:
         windows = utils.get_rolling_token_windows(
           self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
         )
         parts = [utils.make_disjoint_window(window) for window in windows]
         pairs += parts
-        counts.append(len(parts))
-      scores = iter(scored(model, pairs, log))
-      return [sum(next(scores).logprob for _ in range(count)) for count in counts]
+        sizes.append(len(parts))
+      scores = iter(scored(model, pairs, log, counts))
+      return [sum(next(scores).logprob for _ in range(size)) for size in sizes]
 
     def generate_until(self, requests, disable_tqdm=False):
-      return written(model, [request.args for request in requests], self.tok_encode, settings, log)
+      begin()
+      asked = [request.args for request in requests]
+      return written(model, asked, self.tok_encode, settings, log, counts)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
       if not add_generation_prompt:
@@ -197,24 +328,27 @@ def encoded(model: Generator, text: str, bos: bool, marked: bool) -> list[int]:
 
 
 def scored(
-  model: Generator, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], log: Callable[[str], Any]
+  model: Generator,
+  pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+  log: Callable[[str], Any],
+  counts: collections.Counter[str],
 ) -> list[PairScore]:
   """Of (context, continuation) pairs, of whose contexts the last tokens are kept that there is room
   for.
   """
-  fitted, cut = [], 0
+  fitted = []
   for context, continuation in pairs:
     limit = room(model, len(continuation))
-    cut += len(context) > limit
+    counts['cut'] += len(context) > limit
     fitted.append((context[-limit:] if limit < len(context) else context, continuation))
-  if cut:
-    log(f'NOTE: {cut} of {len(pairs)} contexts were cut on the left to fit the model')
   progress, scores = ProgressLine('pairs', len(pairs), 0, log), []
   for first in range(0, len(fitted), PAIRS):
     here = fitted[first : first + PAIRS]
     scores += score_pairs(model, *([pair[side] for pair in here] for side in (0, 1)))
     progress.at(len(scores))
   progress.end()
+  counts['nan'] += sum(not math.isfinite(score.logprob) for score in scores)
+  counts.update(requests=len(pairs), pairs=len(pairs))
   return scores
 
 
@@ -224,13 +358,14 @@ def written(
   encode: Callable[[str], list[int]],
   settings: HarnessSettings,
   log: Callable[[str], Any],
+  counts: collections.Counter[str],
 ) -> list[str]:
   """Answers to (text, what is said of generation), in their order."""
   ways: dict[str, list[int]] = {}
   for i, (_, options) in enumerate(requests):
     ways.setdefault(json.dumps(options, sort_keys=True), []).append(i)
   answers, progress = [''] * len(requests), ProgressLine('answers', len(requests), 0, log)
-  done = cut = 0
+  done = 0
   for way, indices in ways.items():
     kind = generation(json.loads(way))
     limit = model.context
@@ -242,15 +377,17 @@ def written(
         f'{model.plain.limit}; lower it in the task'
       )
     prompts = [encode(requests[i][0]) for i in indices]
-    cut += sum(len(ids) > limit for ids in prompts)
+    counts['cut'] += sum(len(ids) > limit for ids in prompts)
     prompts = [ids[-limit:] for ids in prompts]
     for i, (reply,) in zip(indices, writing.answers(model, prompts, kind, settings.seed)):
       answers[i] = reply.text
+      counts['empty'] += not reply.text.strip()
+      counts['endless'] += reply.finish == LENGTH
+      counts['failed'] += reply.finish == FAILED
       done += 1
       progress.at(done)
   progress.end()
-  if cut:
-    log(f'NOTE: {cut} of {len(requests)} questions were cut on the left to fit the model')
+  counts.update(requests=len(requests), answers=len(requests))
   return answers
 
 
@@ -274,63 +411,3 @@ def generation(options: Mapping) -> Generate:
     max_new_tokens=int(options.get('max_gen_toks', NEW)),
     temperature=temperature if sampled else 0.0,
   )
-
-
-# What is said of it.
-
-
-def _written(results, version, asked, of, output) -> list[list[str]]:
-  tasks, rows = {}, []
-  for name, samples in sorted(results['samples'].items()):
-    metrics = {}
-    for key, value in results['results'][name].items():
-      metric, _, way = key.partition(',')
-      if way and not metric.endswith('_stderr') and isinstance(value, int | float):
-        metrics[key] = estimated(value, metric, way, samples, asked['seed'])
-        rows.append([name, key, shown(metrics[key]), str(metrics[key]['n'])])
-    documents = {json.dumps(sample['arguments'], default=str) for sample in samples}
-    digest = hashlib.blake2b(''.join(sorted(documents)).encode(), digest_size=16).hexdigest()
-    version_of = results['versions'].get(name)
-    # Of each document there is a sample for every filter.
-    n = len({sample['doc_id'] for sample in samples})
-    tasks[name] = {'n': n, 'metrics': metrics, 'prompts': digest, 'version': version_of}
-    lines = (json.dumps(finite(sample), default=str) + '\n' for sample in samples)
-    files.replace(output / f'lm_eval-{name}.jsonl', ''.join(lines))
-  said = {'lm_eval': version, **of, 'settings': asked, 'tasks': tasks}
-  files.replace(output / FILE, json.dumps(finite(said), indent=1) + '\n')
-  return rows
-
-
-def estimated(value: float, metric: str, way: str, samples: Sequence[Mapping], seed: int) -> dict:
-  """The harness's value with a 95% interval: Wilson's of rates; the bootstrap's, over documents, of
-  means, and of what the harness's own function for that metric makes of them (BLEU, perplexity).
-  Of a task's own function there is none: method 'none'.
-  """
-  each = [
-    sample[metric] for sample in samples if sample.get('filter', way) == way and metric in sample
-  ]
-  if each and all(isinstance(x, int | float | np.number) for x in each):
-    x = np.array(each, np.float64)
-    if np.isclose(x.mean(), value, rtol=1e-9, atol=1e-12):
-      rate = np.isin(x, (0, 1)).all()
-      of_mean = wilson(int(x.sum()), len(x)) if rate else None
-      return (of_mean or bootstrap(lambda i: float(x[i].mean()), len(x), seed)).values()
-  of_all = registered(metric)
-  if each and of_all is not None and np.isclose(of_all(each), value, rtol=1e-9, atol=1e-12):
-    of = bootstrap(lambda i: of_all([each[j] for j in i]), len(each), seed, RESAMPLES)
-    return of.values()
-  return {'value': value, 'low': None, 'high': None, 'n': len(each), 'method': 'none'}
-
-
-def registered(metric: str) -> Callable[[Sequence], float] | None:
-  """What the harness makes of a metric of all documents, where it knows one."""
-  from lm_eval.api import registry
-
-  return registry.get_metric_aggregation(metric)
-
-
-def shown(metric: Mapping[str, Any]) -> str:
-  """A score with its interval."""
-  if metric['low'] is None:
-    return f'{metric["value"]:.4g}'
-  return f'{metric["value"]:.4g} [{metric["low"]:.4g}, {metric["high"]:.4g}]'

@@ -1,6 +1,11 @@
-"""Are the numbers of lm_eval through our engine those of its own transformers backend?"""
+"""Are the numbers of lm_eval through our engine those of its own transformers backend, and is it
+said what went wrong?
+"""
 
+import functools
 import json
+import math
+import sys
 
 import jax
 import numpy as np
@@ -13,6 +18,7 @@ from evaluation.harness import HarnessSettings
 from model import checkpoint
 from parallel.mesh import MeshConfig, make_mesh
 from tests.goldens import ours
+from tests.test_commands import ROOT
 
 pytestmark = pytest.mark.oracle
 pytest.importorskip('lm_eval', reason='lm_eval is not installed')
@@ -67,6 +73,40 @@ TASKS = {
 SHOWN = 'fewshot_split: test\nnum_fewshot: 2\nfewshot_config: {sampler: first_n}\n'
 
 
+GROUPS = {
+  'inner': 'group: our_inner\ntask: [our_choices, our_few]\n'
+  'aggregate_metric_list: [{metric: acc, weight_by_size: false}]\n',
+  'outer': 'group: our_outer\ntask: [our_inner, our_bare]\n'
+  'aggregate_metric_list: [{metric: acc}, {metric: acc_norm, weight_by_size: true}]\n',
+}
+# One that reads what is not there, one that asks for what would be passed over, one of PyPI's.
+OTHERS = {
+  'few': TASKS['choices'],
+  'lost': TASKS['choices'],
+  'strict': TASKS['writes'].replace('{until', '{top_p: 0.5, until'),
+  'measured': TASKS['writes'].replace(
+    '[{metric: exact_match}, {metric: chrf}]',
+    '[{metric: DIRECTORY/letters, hf_evaluate: true, aggregation: mean, higher_is_better: true}]',
+  ),
+}
+LETTERS = """
+import datasets
+import evaluate
+
+
+class Letters(evaluate.Metric):
+  def _info(self):
+    text = datasets.Value('string')
+    features = datasets.Features({'predictions': text, 'references': text})
+    return evaluate.MetricInfo(
+      description='', citation='', inputs_description='', features=features
+    )
+
+  def _compute(self, predictions, references):
+    return {'letters': sum(map(len, predictions)) / len(predictions)}
+"""
+
+
 def tokenizer_files(directory, bos):
   import tokenizers as library
 
@@ -94,8 +134,15 @@ def tasks(tmp_path_factory):
     choices = [WORDS[j] for j in draw.permutation(len(WORDS))[: 2 + i % 3]]
     rows.append({'q': f'Which {i}? {WORDS[i % 8]}', 'c': choices, 'a': int(i % len(choices))})
   (directory / 'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  for name, text in TASKS.items():
-    where = f'dataset_kwargs: {{data_files: {{test: {directory}/rows.jsonl}}}}\n'
+  (directory / 'few.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows[3:10]))
+  (directory / 'letters').mkdir()
+  (directory / 'letters' / 'letters.py').write_text(LETTERS)
+  for name, text in GROUPS.items():
+    (directory / f'{name}.yaml').write_text(text)
+  for name, text in (TASKS | OTHERS).items():
+    file = f'{name}.jsonl' if name in ('few', 'lost') else 'rows.jsonl'
+    where = f'dataset_kwargs: {{data_files: {{test: {directory}/{file}}}}}\n'
+    text = text.replace('DIRECTORY', str(directory))
     (directory / f'{name}.yaml').write_text(f'task: our_{name}\n{ASKED}{where}{text}')
     if name in ('choices', 'writes'):
       shown = f'task: our_{name}_shown\n{ASKED}{where}{text}{SHOWN}'
@@ -105,8 +152,14 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-  for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE'):
+  for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_EVALUATE_OFFLINE'):
     monkeypatch.setenv(name, '1')
+  monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))  # where PyPI's `evaluate` keeps modules
+  monkeypatch.setattr('sys.path', [*sys.path])  # where it has them be imported from
+  with harness.importable() as lm_eval:
+    # Its own thousands of tasks take half a minute to be listed, each time, and are not asked.
+    own_alone = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, 'TaskManager', own_alone)
   monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', str(tmp_path / 'cache'))
 
 
@@ -158,9 +211,11 @@ def test_a_decoder_has_the_same_numbers(tmp_path, tasks, kind, bos, chat):
   out = tmp_path / 'out'
   out.mkdir()
   settings = HarnessSettings(tuple(names), str(tasks), chat=chat, system='Say it.' if chat else '')
-  rows = harness.evaluate(model, settings, {}, out, print)
-  assert len(rows) >= len(names)
+  harness.evaluate(model, settings, {}, out, print)
   said = json.loads((out / 'lm_eval.json').read_text())
+  counts = {name: each['counts'] for name, each in said['tasks'].items()}
+  assert counts['our_writes']['answers'] == 24 and counts['our_writes']['failed'] == 0
+  assert chat or counts['our_long']['cut'] and not counts['our_long']['nan']
   options = {'apply_chat_template': chat, 'fewshot_as_multiturn': chat}
   options |= {'system_instruction': 'Say it.'} if chat else {}
   check(said, theirs(tmp_path / 'hf', names, tasks, backend='causal', **options))
@@ -175,3 +230,95 @@ def test_an_encoder_decoder_has_the_same_numbers(tmp_path, tasks):
   harness.evaluate(model, HarnessSettings(tuple(names), str(tasks)), {}, tmp_path, print)
   said = json.loads((tmp_path / 'lm_eval.json').read_text())
   check(said, theirs(tmp_path / 'hf', names, tasks, backend='seq2seq'))
+
+
+@pytest.fixture
+def small(tmp_path):
+  return models(tmp_path / 'hf', LLAMA, 'llama', make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def said_of(small, tasks, names, output, log=print):
+  """What lm_eval.json has, which is what is given."""
+  output.mkdir(exist_ok=True)
+  made = harness.evaluate(small, HarnessSettings(names, str(tasks)), {'step': 3}, output, log)
+  assert json.loads((output / 'lm_eval.json').read_text()) == json.loads(json.dumps(made))
+  return made
+
+
+def test_a_group_has_the_same_number_too(tmp_path, tasks, small):
+  said = said_of(small, tasks, ('our_outer',), tmp_path / 'out')
+  assert {*said['tasks']} == {'our_choices', 'our_few', 'our_bare'} and not said['failed']
+  expected = theirs(tmp_path / 'hf', ['our_outer'], tasks, backend='causal')
+  assert {*said['groups']} == {'our_inner', 'our_outer'}
+  assert {*said['groups']['our_outer']['metrics']} == {'acc,none', 'acc_norm,none'}
+  for name, group in said['groups'].items():
+    for metric, each in group['metrics'].items():
+      assert each['value'] == pytest.approx(expected[name][metric], abs=1e-6)
+      assert each['low'] < each['value'] < each['high'] and each['n'] in (31, 55)
+  assert said['groups']['our_inner']['metrics']['acc,none']['method'] == 'bootstrap'
+  assert said['groups']['our_outer']['metrics']['acc,none']['method'] == 'wilson'
+
+
+def test_a_task_that_raises_is_named_and_others_go_on(tmp_path, tasks, small):
+  names = 'our_lost', 'our_strict', 'our_few'
+  said = said_of(small, tasks, names, tmp_path / 'out')
+  assert [*said['tasks']] == ['our_few'] and {*said['failed']} == {'our_lost', 'our_strict'}
+  assert "'top_p' is unknown" in said['failed']['our_strict']
+
+
+def test_what_was_interrupted_goes_on_with_what_is_there(tmp_path, tasks, small, monkeypatch):
+  names = 'our_choices', 'our_few', 'our_writes'
+  whole = said_of(small, tasks, names, tmp_path / 'whole')
+  with monkeypatch.context() as patch:
+
+    def interrupted(*_):
+      raise KeyboardInterrupt
+
+    patch.setattr(harness, 'written', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      said_of(small, tasks, names, tmp_path / 'part')
+  lines = []
+  with monkeypatch.context() as patch:
+    patch.setattr(harness, 'score_pairs', lambda *_: pytest.fail('is asked again'))
+    assert said_of(small, tasks, names, tmp_path / 'part', lines.append) == whole
+  assert lines[:2] == ['our_choices: is there already', 'our_few: is there already']
+  for path in (tmp_path / 'whole').iterdir():
+    assert (tmp_path / 'part' / path.name).read_bytes() == path.read_bytes(), path.name
+
+  # Other questions of the same name are not those; nor is another model.
+  text = (tasks / 'few.jsonl').read_text()
+  try:
+    (tasks / 'few.jsonl').write_text(text.replace('Which', 'What'))
+    said = said_of(small, tasks, names, tmp_path / 'part')
+  finally:
+    (tasks / 'few.jsonl').write_text(text)
+  assert 'is of other questions of our_few, 7 with digest' in said['failed']['our_few']
+  with pytest.raises(ValueError, match='step was 3 and is 7'):
+    harness.evaluate(small, HarnessSettings(names, str(tasks)), {'step': 7}, tmp_path / 'part')
+
+
+def test_scores_that_are_no_numbers_are_said(tmp_path, tasks, small, monkeypatch):
+  """lm_eval takes the first one for the best, which would be an accuracy like any other."""
+  pairs = harness.score_pairs
+  lost = lambda score: score._replace(logprob=math.nan, greedy=False)  # noqa: E731
+  monkeypatch.setattr(
+    harness, 'score_pairs', lambda *asked: [*map(lost, (made := pairs(*asked))[:3]), *made[3:]]
+  )
+  said = said_of(small, tasks, ('our_few',), tmp_path / 'some')
+  assert said['tasks']['our_few']['counts']['nan'] == 3
+  monkeypatch.setattr(harness, 'score_pairs', lambda *asked: [*map(lost, pairs(*asked))])
+  said = said_of(small, tasks, ('our_few',), tmp_path / 'all')
+  assert not said['tasks'] and 'scores is a finite number; the model' in said['failed']['our_few']
+
+
+def test_a_metric_of_pypis_evaluate_is_found_beside_our_own(tmp_path, tasks, small, monkeypatch):
+  """From the repository's root, where `import evaluate` is our command."""
+  monkeypatch.chdir(ROOT)
+  monkeypatch.syspath_prepend(str(ROOT))
+  said = said_of(small, tasks, ('our_measured',), tmp_path / 'out')
+  assert not said['failed']
+  lines = [json.loads(line) for line in open(tmp_path / 'out' / 'lm_eval-our_measured.jsonl')]
+  letters = [len(line['filtered_resps'][0]) for line in lines]
+  found = said['tasks']['our_measured']['metrics']['letters,none']
+  assert found['value'] == pytest.approx(np.mean(letters)) and max(letters) > 0
+  assert found['low'] <= found['value'] <= found['high']
