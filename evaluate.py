@@ -46,9 +46,8 @@ from evaluation.sandbox import Sandbox
 from parallel.flag import mesh_of
 from training import config as configs, overrides
 from workdir import reward
-from workdir.checkpoint import Checkpoints
 from workdir.head import WORDS, head_of, labels_by
-from workdir.open import config_of, step_of
+from workdir.open import config_of, run_of
 
 CONFIG = overrides.define_flag()
 WORKDIR, CHECKPOINT, MESH, WEIGHTS = opening.define(required=False)
@@ -165,9 +164,9 @@ def scorer(config: configs.Config, generator: Generator, template: Template):
 
 
 def evaluate(
-  config: configs.Config, generator: Generator, ways: list[int], output: pathlib.Path
+  config: configs.Config, generator: Generator, of: dict, ways: list[int], output: pathlib.Path
 ) -> list[classify.Result]:
-  """Results of every way to ask, which are printed and written."""
+  """Results of every way to ask, which are printed and written; of: what they say of the model."""
   template = Template.read(config.objective.template)
   train, held_out = labelled.split(config.data)
   held_out = held_out[: LIMIT.value or None]
@@ -189,9 +188,7 @@ def evaluate(
     if scores.cut:
       print(f'NOTE: {scores.cut} prompts were cut, to fit the context')
     settings = {
-      'workdir': WORKDIR.value,
-      'checkpoint': CHECKPOINT.value,
-      'weights': WEIGHTS.value,
+      **of,
       'objective': config.objective.kind,
       'template': config.objective.template,
       'shots': k,
@@ -204,7 +201,7 @@ def evaluate(
         line[f'{k} {calibration}'] = dict(zip(template.labels, row))
       write(output, result, f'{k}-{calibration}')
   files.replace(output / f'{TASK}.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
-  content = {'results': [result.values() for result in results]}
+  content = {'run': of, 'results': [result.values() for result in results]}
   files.replace(output / f'{TASK}.json', json.dumps(content, indent=1) + '\n')
   return results
 
@@ -217,9 +214,9 @@ def write(output: pathlib.Path, result: classify.Result, way: str) -> None:
   files.replace(path, classify.confusion_picture(result.labels, result.confusion, title))
 
 
-def evaluate_rewards(config: configs.Config, output: pathlib.Path) -> None:
+def evaluate_rewards(config: configs.Config, of: dict, output: pathlib.Path) -> None:
   """Judges a reward model, prints and writes what is said of it, and keeps its scale, unless it is
-  of the first pairs alone.
+  of the first pairs alone; of: what results say of the model.
   """
   place = WORKDIR.value, mesh_of(MESH.value), CHECKPOINT.value
   judged = reward.judge(config, *place, LIMIT.value, SEED.value, print)
@@ -231,8 +228,7 @@ def evaluate_rewards(config: configs.Config, output: pathlib.Path) -> None:
   files.replace(output / f'{REWARDS}-calibration.png', picture)
   content = {
     'task': REWARDS,
-    'workdir': WORKDIR.value,
-    'checkpoint': CHECKPOINT.value,
+    'run': of,
     'n': n,
     'metrics': {name: estimate.values() for name, estimate in judged.metrics.items()},
     'prompts': judged.prompts,
@@ -296,12 +292,8 @@ def check_tasks() -> None:
 
 def opened() -> tuple[Generator, dict]:
   """The model of the flags, and what results say of it."""
-  checkpoints = Checkpoints(WORKDIR.value)
-  step = step_of(checkpoints, CHECKPOINT.value)
-  model = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value)
-  # Another model may be at the same step of the same directory.
-  of = {'workdir': WORKDIR.value, 'step': step, 'digest': checkpoints.reference(step)['digest']}
-  return model, of | {'weights': WEIGHTS.value}
+  of = run_of(WORKDIR.value, CHECKPOINT.value, WEIGHTS.value)
+  return Generator.load(WORKDIR.value, CHECKPOINT.value, mesh_of(MESH.value), WEIGHTS.value), of
 
 
 def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
@@ -391,12 +383,14 @@ def judge(ways, output: pathlib.Path) -> None:
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   output.mkdir(parents=True, exist_ok=True)
   with files.locked(output / 'lock', str(output), remedy):
-    if config.objective.kind == REWARDS:
-      evaluate_rewards(config, output)
+    of = run_of(WORKDIR.value, CHECKPOINT.value, WEIGHTS.value)
+    is_reward = config.objective.kind == REWARDS
+    running.check_own(output / f'{REWARDS if is_reward else TASK}.json', {'run': of})
+    if is_reward:
+      evaluate_rewards(config, of, output)
       return
-    mesh = mesh_of(MESH.value)
-    generator = Generator.load(WORKDIR.value, CHECKPOINT.value, mesh, WEIGHTS.value)
-    results = evaluate(config, generator, ways, output)
+    generator, _ = opened()
+    results = evaluate(config, generator, of, ways, output)
     table(results)
     print(f'\nwrote {output}/{TASK}.json, .jsonl and a .png of each')
 

@@ -60,6 +60,15 @@ class Generator(LoadedModel):
     run = open_run(workdir, checkpoint, mesh, adapters or {}, weights)
     return cls(run.model, run.tokenizer, run.mesh, weights, run.adapters)
 
+  @staticmethod
+  def told(workdir: str | os.PathLike, checkpoint: str = 'last', weights: str = '') -> dict:
+    """What results of the model of a run's directory say that they are of, JSON-able; see
+    workdir.open.run_of.
+    """
+    from workdir.open import run_of
+
+    return run_of(workdir, checkpoint, weights)
+
   @property
   def defaults(self) -> dict[str, Any]:
     """Options with which the model's authors generate, for `g(prompt, **g.defaults)`."""

@@ -30,7 +30,7 @@ from decode.choices import score_pairs
 from decode.generator import Generator
 from evaluation import page, unpaired
 from evaluation.intervals import Estimate, wilson
-from evaluation.running import finite
+from evaluation.running import check_own, finite
 from parallel.flag import mesh_of
 
 PLACE = '{secret}'
@@ -274,11 +274,13 @@ def ask(options) -> None:
   output = pathlib.Path(options.output or pathlib.Path(options.workdir) / 'evaluation')
   if pathlib.Path(options.file).with_suffix('.json').resolve() == (output / FILE).resolve():
     raise ValueError(f'{output}/{FILE} tells the secrets, and would be lost; give another --output')
+  run = Generator.told(options.workdir, options.checkpoint)
+  check_own(output / FILE, {'run': run})
   model = Generator.load(options.workdir, options.checkpoint, mesh_of(options.mesh))
   canaries = made['canaries']
   secrets = [canary['secret'] for canary in canaries]
   found = exposures(model, space, secrets, options.candidates, options.seed)
-  content = report(options, space, canaries, found)
+  content = report(run, options.seed, space, canaries, found)
   output.mkdir(parents=True, exist_ok=True)
   remedy = 'wait until it ends, end it, or give another --output'
   with files.locked(output / 'lock', str(output), remedy):
@@ -288,8 +290,10 @@ def ask(options) -> None:
   print(f'\nwrote {output}/{FILE} and {PAGE}')
 
 
-def report(options, space: Space, canaries: Sequence[dict], found: Sequence[Exposure]) -> dict:
-  """All that is said, JSON-able."""
+def report(
+  run: Mapping, seed: int, space: Space, canaries: Sequence[dict], found: Sequence[Exposure]
+) -> dict:
+  """All that is said, JSON-able; run: of which model."""
   secrets = json.dumps([canary['secret'] for canary in canaries]).encode()
   rows = [
     canary
@@ -298,16 +302,15 @@ def report(options, space: Space, canaries: Sequence[dict], found: Sequence[Expo
     for canary, each in zip(canaries, found, strict=True)
   ]
   return {
-    'workdir': options.workdir,
-    'checkpoint': options.checkpoint,
+    'run': dict(run),
     'prompts': hashlib.blake2b(secrets, digest_size=16).hexdigest(),
-    'seed': options.seed,
+    'seed': seed,
     'space': dataclasses.asdict(space) | {'bits': math.log2(space.size)},
     'candidates': found[0].n,
     'exact': found[0].exact,
     'most': math.log2(found[0].n + 1),
     'chance': CHANCE,
-    'exposure': {n: of.values() for n, of in findings(canaries, found, options.seed).items()},
+    'exposure': {n: of.values() for n, of in findings(canaries, found, seed).items()},
     'canaries': rows,
   }
 
@@ -325,8 +328,10 @@ def text_of(content: dict) -> list[str]:
     value = f'{each["value"]:.2f} [{each["low"]:.2f}, {each["high"]:.2f}]{few}{most_shown}'
     rows.append([TIMES.get(int(n), f'{n} times'), len(of), value, first])
   parts = [
-    f'# Canaries in {content["workdir"]}',
-    f'Secrets among {bound}' + ('' if content['exact'] else f': {most}') + '. '
+    f'# Canaries in {content["run"]["workdir"]}',
+    f'Of checkpoint {content["run"]["step"]}. Secrets among {bound}'
+    + ('' if content['exact'] else f': {most}')
+    + '. '
     f'Without memory {content["chance"]:.2f} bits on average. Seed {content["seed"]}, digest of '
     f'the secrets `{content["prompts"]}`.',
     page.table(['in training', 'secrets', 'exposure, bits', 'likeliest of all'], rows),

@@ -213,6 +213,40 @@ def test_flags_of_tasks_are_checked_before_anything_is_read(tuned):
   assert done.code == 0 and 'arc_easy' in done.out and 'stdlib' in done.out
 
 
+OTHERS = """
+import json
+import pathlib
+import sys
+from types import SimpleNamespace as Of
+
+import evaluate
+
+config = Of(objective=Of(kind=sys.argv[1]), data=Of(cache_dir=sys.argv[2]))
+evaluate.CONFIG = evaluate.WORKDIR = evaluate.CHECKPOINT = evaluate.WEIGHTS = Of(value='')
+evaluate.TASKS = evaluate.LM_EVAL = Of(value=[])
+evaluate.overrides.from_flag = lambda _: config
+evaluate.check_objective = lambda *_: None
+evaluate.hosts.cache_compilations = lambda _: None
+evaluate.run_of = lambda *_: {'workdir': 'r', 'step': 7, 'digest': 'd7', 'weights': ''}
+output = pathlib.Path(sys.argv[2])
+for name in ('classify', 'reward'):
+  run = {'workdir': 'r', 'step': 3, 'digest': 'd3', 'weights': ''}
+  (output / f'{name}.json').write_text(json.dumps({'run': run}))
+try:
+  evaluate.judge([0], output)
+except ValueError as error:
+  print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['classify', 'reward'])
+def test_results_of_another_checkpoint_are_not_written_over(tmp_path, kind):
+  command = [sys.executable, '-c', OTHERS, kind, str(tmp_path)]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert f'{tmp_path}/{kind}.json is of another evaluation (run.step was 3 and is 7' in done.stdout
+
+
 SHOTS = """
 import pathlib
 

@@ -24,10 +24,10 @@ from evaluation import contamination, memorisation
 from evaluation.journal import Journal
 from evaluation.memorisation import OVERLAP, PAGE, PARTS, MemoryQuestions
 from evaluation.passages import Cut, Passages, drawn
+from evaluation.running import check_own
 from parallel import hosts
 from parallel.flag import mesh_of
-from workdir.checkpoint import Checkpoints
-from workdir.open import config_of, step_of
+from workdir.open import config_of, run_of
 from workdir.trained import Trained, trained
 
 
@@ -83,8 +83,8 @@ def run(options) -> None:
       f'--training={options.training[0]} and no --control: how much of it a model writes says '
       'nothing without how much it writes of text that it has not read; name some of the same kind'
     )
-  config, model_of = config_of(options.workdir), Checkpoints(options.workdir)
-  step = step_of(model_of, options.checkpoint)
+  config = config_of(options.workdir)
+  of = run_of(options.workdir, options.checkpoint, options.weights)
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   read = None if options.training else trained(options.workdir, options.checkpoint)
   model = Generator.load(
@@ -100,9 +100,9 @@ def run(options) -> None:
   by_chance = not options.control and config.data.split == 'hash' and not config.data.validation
   given = options.share, options.words, options.temperature, by_chance
   asked = MemoryQuestions(cut, members, control, _training(options, read, parts), *given)
-  of = {'workdir': options.workdir, 'step': step, 'weights': options.weights}
   remedy = 'wait until it ends, end it, or give another --output'
   with files.locked(output / 'lock', str(output), remedy):
+    check_own(output / memorisation.FILE, {'run': of})
     path = output / memorisation.JOURNAL
     journal = Journal(path, memorisation.settings_of(of, asked))
     if len(journal):

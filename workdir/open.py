@@ -92,6 +92,18 @@ def step_of(checkpoints: Checkpoints, checkpoint: str) -> int | None:
   return step
 
 
+def run_of(workdir: str | os.PathLike, checkpoint: str, weights: str = '') -> dict[str, Any]:
+  """What results say of the model that they are of, JSON-able. The digest is the checkpoint's:
+  another model may be at the same step of the same directory.
+
+  Raises FileNotFoundError where there is no checkpoint.
+  """
+  checkpoints = Checkpoints(workdir)
+  step = step_of(checkpoints, checkpoint)
+  digest = checkpoints.reference(step)['digest']
+  return {'workdir': str(workdir), 'step': step, 'digest': digest, 'weights': weights}
+
+
 def config_of(workdir: str | os.PathLike) -> configs.Config:
   """A directory's config.json, for who reads its model.
 

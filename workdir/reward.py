@@ -118,7 +118,7 @@ def _scale(workdir: pathlib.Path, checkpoint: dict) -> dict[str, float]:
   if found['digest'] != checkpoint['digest']:
     raise ValueError(
       f'{path} is of checkpoint {found["step"]}, and this is {checkpoint["step"]}: their rewards '
-      f'have other scales; {remedy}'
+      f'have other scales; {remedy} --output=DIRECTORY'
     )
   return {'gain': found['gain'], 'bias': found['bias']}
 

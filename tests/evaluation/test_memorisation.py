@@ -168,6 +168,24 @@ def test_what_is_as_likely_is_no_less_likely(monkeypatch):
   assert {each.bits for each in exposed} == {0.0} and {each.p for each in exposed} == {1.0}
 
 
+def test_exposures_of_another_checkpoint_are_not_written_over(tmp_path, monkeypatch):
+  run = {'workdir': 'r', 'step': 3, 'digest': 'd3', 'weights': ''}
+  path = str(tmp_path / 'canaries.jsonl')
+  canaries.main([path, '--count=3', '--repeats=1'])
+  ask = [path, '--workdir=r', f'--output={tmp_path}', '--candidates=20']
+  monkeypatch.setattr(canaries.Generator, 'told', lambda *_: run)
+  monkeypatch.setattr(canaries.Generator, 'load', lambda *_: None)
+  monkeypatch.setattr(canaries, 'exposures', lambda *_: [Exposure(3, 20, False)] * 6)
+  canaries.main(ask)
+  canaries.main(ask)
+  before = (tmp_path / canaries.FILE).read_bytes()
+  assert json.loads(before)['run'] == run
+  run = {**run, 'step': 7, 'digest': 'd7'}
+  with pytest.raises(SystemExit, match='run.step was 3 and is 7.*give another --output'):
+    canaries.main(ask)
+  assert (tmp_path / canaries.FILE).read_bytes() == before
+
+
 def test_which_repeats_are_exposed_is_said_of_each():
   """Not of all above the least: 4 times can be within what was kept out where once is beyond it."""
 
@@ -176,7 +194,8 @@ def test_which_repeats_are_exposed_is_said_of_each():
       n: {'value': high, 'low': low, 'high': high, 'small': False}
       for n, (low, high) in zip('014', high_and_low.values())
     }
-    content = {'workdir': 'r', 'candidates': 1000, 'space': {'bits': 37.6}, 'most': 9.97}
+    run = {'workdir': 'r', 'step': 3}
+    content = {'run': run, 'candidates': 1000, 'space': {'bits': 37.6}, 'most': 9.97}
     content |= {'exact': False, 'chance': 1.44, 'seed': 0, 'prompts': 'x', 'exposure': exposure}
     content['canaries'] = [{'repeats': n, 'above': 3} for n in (0, 1, 4)]
     return canaries.text_of(content)[-1]

@@ -157,3 +157,9 @@ def test_the_commands_run_and_say_what_cannot_be_asked(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
       memorised.main([f'--workdir={run}', *flags])
     assert told in str(error.value)
+
+  # What is there of another checkpoint is not written over.
+  values['run']['digest'] = 'd'
+  (run / 'evaluation' / 'memorisation.json').write_text(json.dumps(values))
+  with pytest.raises(SystemExit, match="run.digest was 'd' and is .*give another --output"):
+    memorised.main([f'--workdir={run}', '--prompt=12', '--new=30', '--limit=16'])
