@@ -4,7 +4,9 @@ by the cosine of their hidden states in a model that reads.
 
   python -m evaluation.bertscore --workdir=runs/bert --answers=answers.jsonl --idf
 
-A line of the file has an `answer`, and `references` (or `reference`): what it is compared with.
+A line of the file has an `answer`, and `references` (or `reference`): what it is compared with. An
+evaluation's own NAME-K.jsonl of texts that a model wrote is such a file: of each question its first
+answer, as it was judged.
 
 B pairs of a batch · T tokens of an answer · S of a reference · D width · n documents
 """
@@ -13,7 +15,9 @@ import collections
 import csv
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -269,8 +273,8 @@ def _matched(said, true):
 
 
 def read(path: str) -> tuple[list[str], list[list[str]]]:
-  """Answers and their references, of a file of lines. Raises ValueError, naming the line, for one
-  without them.
+  """Answers and their references, of a file of lines; of what an evaluation wrote the first
+  answers, as they were judged. Raises ValueError, naming the line, for one without them.
   """
   answers, references = [], []
   with open(path, 'rb') as file:
@@ -278,12 +282,14 @@ def read(path: str) -> tuple[list[str], list[list[str]]]:
       row = files.json_object(line, f'{path}:{number}')
       given = row.get('references', row.get('reference'))
       given = [given] if isinstance(given, str) else given
-      if not isinstance(row.get('answer'), str) or not given or not all(map(_is_text, given)):
+      answer = row.get('answer', next(iter(row.get('judged') or ()), None))
+      if not isinstance(answer, str) or not given or not all(map(_is_text, given)):
         raise ValueError(
           f'{path}:{number} needs an answer, a text, and references, a list of texts (or a '
-          f'reference); it has {", ".join(row) or "nothing"}'
+          "reference), or to be an evaluation's line of what was written (judged, references); it "
+          f'has {", ".join(row) or "nothing"}'
         )
-      answers.append(row['answer'])
+      answers.append(answer)
       references.append([*given])
   return answers, references
 
@@ -306,12 +312,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
   with commands.mendable():
     answers, references = read(options.answers)
     settings = BertSettings(options.layer, options.idf, options.baseline)
+    run = Generator.told(options.workdir, options.checkpoint)
     model = Generator.load(options.workdir, options.checkpoint, mesh_of(options.mesh))
     scorer = BertScore(model, settings)
     made = estimates(scorer(answers, references), options.seed)
     title = f'{scorer.settings.name} of {len(answers)} answers, with 95% intervals'
     commands.table(title, [*made], [[*map(str, made.values())]])
-    results = {'name': scorer.settings.name, 'workdir': options.workdir}
+    texts = json.dumps([answers, references]).encode()
+    results = {
+      'name': scorer.settings.name,
+      'run': run,
+      'answers': options.answers,
+      'texts': hashlib.blake2b(texts, digest_size=16).hexdigest(),
+      'seed': options.seed,
+    }
     results |= {part: estimate.values() for part, estimate in made.items()}
     commands.write_json(options.json, 'bertscore', results)
 

@@ -12,7 +12,7 @@ import pytest
 
 from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
-from evaluation.bertscore import BertScore, BertSettings, estimates, read
+from evaluation.bertscore import BertScore, BertSettings, estimates, main, read
 from model import rearranged, transformer
 from parallel.mesh import MeshConfig, make_mesh
 from tests.evaluation.test_label_scores import CONFIGS
@@ -150,6 +150,33 @@ def test_means_have_intervals():
     assert made[part].low <= made[part].value <= made[part].high
 
 
+def test_what_is_written_says_what_it_is_of(tmp_path, monkeypatch):
+  """By the command: the file, its texts, and the checkpoint."""
+  run = {'workdir': 'r', 'step': 3, 'digest': 'd3', 'weights': ''}
+  monkeypatch.setattr(Generator, 'told', lambda *_: run)
+  monkeypatch.setattr(Generator, 'load', lambda *_: None)
+
+  class Same:
+    settings = BertSettings(1)
+
+    def __init__(self, *_):
+      pass
+
+    def __call__(self, answers, references):
+      return np.ones((len(answers), 3))
+
+  monkeypatch.setattr('evaluation.bertscore.BertScore', Same)
+  made = []
+  for said in ('a film', 'a film', 'an hour'):
+    line = {'judged': [said], 'references': ['the film']}
+    (tmp_path / 'task-0.jsonl').write_text(json.dumps(line) + '\n')
+    answers = f'--answers={tmp_path}/task-0.jsonl'
+    main(['--workdir=r', answers, '--layer=1', f'--json={tmp_path}/made.json'])
+    made.append(json.loads((tmp_path / 'made.json').read_text())['results'])
+  assert made[0]['run'] == run and made[0]['answers'] == f'{tmp_path}/task-0.jsonl'
+  assert made[0] == made[1] and made[0]['texts'] != made[2]['texts']
+
+
 def test_what_cannot_be_scored_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r'layer=3: this model has 2; give one in \[1, 2\]'):
     BertScore(generator('bert'), BertSettings(3))
@@ -160,6 +187,9 @@ def test_what_cannot_be_scored_is_refused(tmp_path):
   file = tmp_path / 'answers.jsonl'
   file.write_text(json.dumps({'answer': 'a', 'reference': 'b'}) + '\n')
   assert read(str(file)) == (['a'], [['b']])
+  written = {'answers': ['a \n', 'x'], 'judged': ['a', 'x'], 'references': ['b', 'c']}
+  file.write_text(json.dumps(written) + '\n')
+  assert read(str(file)) == (['a'], [['b', 'c']]), "an evaluation's own lines"
   file.write_text('{"answer": "a", "references": ["b", "c"]}\n{"answer": "a", "true": 3}\n')
   with pytest.raises(ValueError, match='answers.jsonl:2 needs an answer.*it has answer, true'):
     read(str(file))
