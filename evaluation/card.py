@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import files
-from evaluation import canaries, contamination, knowledge, memorisation, page
+from evaluation import canaries, contamination, harness_results, knowledge, memorisation, page
 from evaluation.bias import FILE as BIAS
 from evaluation.running import Summary, shown
 from evaluation.safety import FILE as SAFETY
@@ -197,6 +197,29 @@ def scores(
   return '\n\n'.join(parts) or not_yet('python evaluate.py --workdir=RUN --tasks=..')
 
 
+def harness(of: Mapping, place: str, about: str) -> str:
+  """Of lm_eval.json in a directory; about: of which model."""
+  rows = harness_results.rows(of)
+  told = [[*row, f'`{of["tasks"].get(row[0], {}).get("prompts", "")[:12]}`'] for row in rows[:ROWS]]
+  headers = ['task', 'metric', '95% interval', 'n', 'prompts']
+  parts = [f'Of the lm-evaluation-harness {of["lm_eval"]} ({about}), `{place}`:']
+  parts.append(page.table(headers, told))
+  if len(rows) > ROWS:
+    parts.append(f'And {len(rows) - ROWS} more.')
+  failed = [f'{name} failed: {why}' for name, why in of.get('failed', {}).items()]
+  parts += ['\n'.join(f'- {note}' for note in (*harness_results.notes(of), *failed))]
+  return '\n\n'.join(filter(None, parts))
+
+
+def said_of(run: Mapping, step, digest: str) -> str:
+  """Which checkpoint results are of; step, digest: of the last one."""
+  if 'digest' not in run:
+    return f'of a checkpoint that is not told, maybe not the last, {step}'
+  if run['digest'] == digest:
+    return f'checkpoint {step}' + (f' in {run["weights"]}' if run.get('weights') else '')
+  return f'checkpoint {_checkpoint(run)}, not the last, {step}'
+
+
 def _checkpoint(run: Mapping) -> str:
   weights = f' in {run["weights"]}' if run.get('weights') else ''
   return f'{run.get("step")} of `{run.get("workdir")}`{weights}'
@@ -283,8 +306,12 @@ READERS = {
 }
 
 
-def of_results(block: str, places: Iterable[pathlib.Path]) -> str:
-  """A block of the results of its kind in some directories."""
+def of_results(
+  block: str, places: Iterable[pathlib.Path], step: int | None = None, digest: str = ''
+) -> str:
+  """A block of the results of its kind in some directories; step, digest: of the last checkpoint,
+  '' where there is none.
+  """
   kinds = [block, 'canaries'] if block == 'memorisation' else [block]
   parts = []
   for kind in kinds:
@@ -294,6 +321,7 @@ def of_results(block: str, places: Iterable[pathlib.Path]) -> str:
       content = files.json_object(path.read_bytes(), path)
       try:
         parts.append(text(content))
+        parts += _stale(content, step, digest)
       except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
           f'{path} is not what {command.split()[2]} writes ({error!r}); write it anew'
@@ -301,6 +329,17 @@ def of_results(block: str, places: Iterable[pathlib.Path]) -> str:
     if not found and kind == block:
       parts.append(not_yet(command))
   return '\n\n'.join(parts)
+
+
+def _stale(content: Mapping, step: int | None, digest: str) -> list[str]:
+  """A sentence where results, or some of them, are of another checkpoint than the last."""
+  each = [content, *(of for of in content.values() if isinstance(of, Mapping))]
+  runs = [of['run'] for of in each if isinstance(of.get('run'), Mapping)]
+  others = {_checkpoint(run) for run in runs if digest and run.get('digest') != digest}
+  if not others:
+    return []
+  of_them = ', '.join(sorted(others))
+  return [f'Of another checkpoint than the last, {step}, or of one that is not told: {of_them}.']
 
 
 def _lowered(paragraphs: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ import jax
 import commands
 import files
 from data import cache
-from evaluation import card, page
+from evaluation import card, harness_results, page
 from model import params, transformer
 from parallel.mesh import MeshConfig, make_mesh
 from training.config import Config
@@ -32,7 +32,7 @@ GIVEN = 'card.json'  # in the run's directory: rates that a person gave once
 # Flags and the fields of ReportConfig that they are.
 RATES = {'watts': 'watts_per_chip', 'co2': 'kilograms_co2_per_kwh', 'pue': 'pue'}
 WHOLE = ('classify.json', 'reward.json')  # of evaluate.py without tasks
-RESULTS = ('*-*.json', 'bias.json', 'safety.json', 'lm_eval.json', *WHOLE)
+RESULTS = ('*-*.json', 'bias.json', 'safety.json', harness_results.FILE, *WHOLE)
 RESULTS += ('memorisation.json', 'exposure.json', 'contamination.json', 'knowledge.json')
 
 
@@ -106,11 +106,11 @@ def blocks_of(
     'model': _model(workdir, config),
     'data': _data(config, record),
     'training': _training(config, facts, lines, checkpoints, step),
-    'scores': card.scores(found, _others(places), step, digest),
+    'scores': card.scores(found, _others(places, step, digest), step, digest),
     'energy': _energy(config, facts, lines, rates or {}),
   }
   return blocks | {
-    name: card.of_results(name, places) for name in card.BLOCKS if name not in blocks
+    name: card.of_results(name, places, step, digest) for name in card.BLOCKS if name not in blocks
   }
 
 
@@ -217,8 +217,8 @@ def _training(
   return '\n\n'.join([*parts, report.described(config)])
 
 
-def _others(places: Sequence[pathlib.Path]) -> list[str]:
-  """What other commands wrote than that of tasks."""
+def _others(places: Sequence[pathlib.Path], step: int | None, digest: str) -> list[str]:
+  """What else was asked than tasks; step, digest: of the last checkpoint."""
   said = []
   for place in places:
     for name in WHOLE:
@@ -226,13 +226,16 @@ def _others(places: Sequence[pathlib.Path]) -> list[str]:
       if not path.is_file():
         continue
       content = files.json_object(path.read_bytes(), path)
+      of = card.said_of(content.get('run', {}), step, digest)
       for each in content.get('results', [content]):
-        told = 'shots', 'calibration', 'checkpoint', 'weights'
-        ways = [f'{k}={each[k]!r}' for k in told if k in each]
-        about = ', '.join([*ways, f'prompts `{each["prompts"]}`'])
+        ways = [f'{k}={each[k]!r}' for k in ('shots', 'calibration') if k in each]
+        about = ', '.join([*ways, of, f'prompts `{each["prompts"]}`'])
         said.append(card.estimates(name, each['metrics'], about))
-    if (place / 'lm_eval.json').is_file():
-      said.append(f'Of the lm-evaluation-harness: `{place.name}/lm_eval.json`.')
+    path = place / harness_results.FILE
+    if path.is_file():
+      content = files.json_object(path.read_bytes(), path)
+      about = card.said_of(content, step, digest)
+      said.append(card.harness(content, f'{place.name}/{path.name}', about))
   return said
 
 

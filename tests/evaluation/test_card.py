@@ -95,6 +95,49 @@ def test_scores_are_told_as_hugging_face_lists_them(tmp_path):
     card.of_results('bias', [tmp_path])
 
 
+def test_a_card_says_of_which_checkpoint_other_results_are(tmp_path, monkeypatch):
+  """Of rewards, labels, the harness and canaries, as of tasks: and where it is not the last."""
+  configs.save(tiny(), tmp_path)
+  last = {'latest': 7, 'record': {}, 'reference': {'digest': 'd7'}}
+  checkpoints = SimpleNamespace(**{name: lambda *_, x=x: x for name, x in last.items()})
+  monkeypatch.setattr(run_card, 'Checkpoints', lambda workdir: checkpoints)
+  of = {'value': 0.25, 'low': 0.1, 'high': 0.4, 'n': 40, 'method': 'wilson', 'small': False}
+  place = tmp_path / 'evaluation'
+  place.mkdir()
+
+  def blocks(run):
+    reward = {'run': run, 'metrics': {'accuracy': of}, 'prompts': 'a1'}
+    (place / 'reward.json').write_text(json.dumps(reward))
+    each = {'shots': 2, 'calibration': 'none', 'metrics': {'accuracy': of}, 'prompts': 'a2'}
+    (place / 'classify.json').write_text(json.dumps({'run': run, 'results': [each]}))
+    task = {'metrics': {'acc,none': of}, 'prompts': 'abcdefabcdefabc'}
+    task['counts'] = {'requests': 40, 'pairs': 40, 'nan': 3}
+    said = {'lm_eval': '0.4', **run, 'failed': {'lost': 'no file'}, 'tasks': {'theirs': task}}
+    (place / 'lm_eval.json').write_text(json.dumps(said | {'groups': {'all': {'metrics': {}}}}))
+    exposed = {'run': run, 'candidates': 9, 'space': {'bits': 9.0}, 'most': 3.3, 'exact': False}
+    exposed |= {'chance': 1.44, 'seed': 0, 'prompts': 'x', 'exposure': {'0': of}, 'canaries': []}
+    (place / 'exposure.json').write_text(json.dumps(exposed))
+    return run_card.blocks_of(tmp_path)
+
+  made = blocks({'workdir': 'r', 'step': 7, 'digest': 'd7', 'weights': ''})
+  for told in (
+    'reward.json (checkpoint 7, prompts `a1`)',
+    "classify.json (shots=2, calibration='none', checkpoint 7, prompts `a2`)",
+    'lm-evaluation-harness 0.4 (checkpoint 7), `evaluation/lm_eval.json`:',
+    '| theirs | acc,none | 0.25 [0.1, 0.4] | 40 | `abcdefabcdef` |',
+    '- theirs: 3 of 40 scores are no finite numbers',
+    '- lost failed: no file',
+  ):
+    assert told in made['scores'], made['scores']
+  assert 'not the last' not in made['scores'] and 'the last, 7' not in made['memorisation']
+  made = blocks({'workdir': 'r', 'step': 3, 'digest': 'd3', 'weights': ''})
+  assert made['scores'].count('checkpoint 3 of `r`, not the last, 7') == 3
+  stale = 'Of another checkpoint than the last, 7, or of one that is not told: 3 of `r`.'
+  assert stale in made['memorisation']
+  (place / 'reward.json').write_text(json.dumps({'metrics': {'accuracy': of}, 'prompts': 'a1'}))
+  assert 'reward.json (of a checkpoint that is not told' in run_card.blocks_of(tmp_path)['scores']
+
+
 def test_a_card_tells_other_weights_and_models_from_its_own(tmp_path, monkeypatch):
   configs.save(tiny(), tmp_path)
   last = {'latest': 3, 'record': {}, 'reference': {'digest': 'd3'}}
