@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import files
 import names
 from compression import sensitivity
 from compression.judge import costs
+from data import generation
 from decode.generator import Generator
 from decode.report import weight_bytes
 from evaluation import library
@@ -26,12 +26,13 @@ from evaluation.running import ProgressLine
 from model.weights.scheme import dequantised
 from workdir import judged_page
 from workdir.checkpoint import Checkpoints
+from workdir.compressed import model_bytes
 from workdir.open import config_of, step_of
 
 FILE = 'judged.json'
 ROWS, LENGTH = 4, 512  # texts side by side, and tokens of each, or as many as the models have
 PLANNED = 1024  # positions of a cache, at most, by which the time of a token is predicted
-WRITTEN = 64  # tokens by which speed is measured
+WRITTEN, ROUNDS = 64, 3  # tokens by which speed is measured, and how often, of each side in turn
 
 
 def judge(
@@ -48,8 +49,8 @@ def judge(
   texts: files of text; none: modules of the interpreter's library that training on it holds out.
   limit: so many texts at most. by_layer: of so many tokens, what each matrix alone costs; 0: not
   asked. topologies: where the time of a token is predicted (analysis.predicted).
-  Raises ValueError for runs that do not read alike and for numbers that are impossible, ImportError
-    without a topology's compiler.
+  Raises, before a text is read, ValueError for runs that do not read alike, and for numbers and
+    topologies that are impossible, ImportError without a topology's compiler.
   """
   if limit < 0:
     raise ValueError(f'--limit={limit} must be at least 0, which is all texts')
@@ -73,6 +74,8 @@ def judge(
     raise NotImplementedError(
       'judge reads texts from left to right, as a decoder; evaluate.py asks all'
     )
+  directories = original, smaller
+  predicted = _predicted(directories, topologies)  # first: what it refuses costs no judgement
 
   sums = _sums(models, encoded, length)
   tokens = np.array([len(ids) - 1 for ids in encoded], np.float64)
@@ -84,7 +87,6 @@ def judge(
     'bits per byte after': _ratio(sums['after'] / math.log(2), written),
     'perplexity, after / before': _ratio(sums['after'] - sums['before'], tokens, np.exp),
   }
-  directories = original, smaller
   values = {
     'original': str(original),
     'smaller': str(smaller),
@@ -93,9 +95,10 @@ def judge(
     'figures': {name: estimate.values() for name, estimate in figures.items()},
     'KL, 99% of tokens below': float(np.quantile(sums['each'], 0.99)),
     'bytes on disk': [_on_disk(directory) for directory in directories],
-    'bytes in memory': [weight_bytes(model.model) for model in models],
-    'tokens a second here': [_speed(model, encoded[0][: length // 4], length) for model in models],
-    'predicted ms a token': _predicted((original, smaller), topologies),
+    'bytes in memory': [model_bytes(model.model) for model in models],
+    'bytes a token reads': [weight_bytes(model.model) for model in models],
+    'tokens a second here': _speeds(models, encoded[0][: length // 4], length),
+    'predicted ms a token': predicted,
   }
   grids, notes = _grids(models, encoded, by_layer, length, log)
   values |= {'by layer': {name: _listed(grid) for name, grid in grids.items()}}
@@ -103,8 +106,8 @@ def judge(
   return values
 
 
-def _predicted(runs: Sequence, topologies: Sequence[str]) -> dict[str, list[float]]:
-  """Milliseconds a token of one row of each run, by topology."""
+def _predicted(runs: Sequence, topologies: Sequence[str]) -> dict[str, list[float | None]]:
+  """Milliseconds a token of one row of each run, by topology; None of one that does not fit."""
   if not topologies:
     return {}
   ms_per_token = names.imported('analysis.predicted.ms_per_token')
@@ -112,7 +115,12 @@ def _predicted(runs: Sequence, topologies: Sequence[str]) -> dict[str, list[floa
   def of(run, topology):
     config = config_of(run).model
     context = min(config.max_length or PLANNED, PLANNED)
-    return ms_per_token(config, topology, context=context)
+    try:
+      return ms_per_token(config, topology, context=context)
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      return None
 
   return {topology: [of(run, topology) for run in runs] for topology in topologies}
 
@@ -206,26 +214,29 @@ def _on_disk(directory) -> int:
   return sum(path.stat().st_size for path in place.rglob('*') if path.is_file())
 
 
-def _speed(model: Generator, prompt: Sequence[int], length: int) -> float:
-  """Tokens of one row, greedily; the second time, when programs are there."""
+def _speeds(models: Sequence[Generator], prompt: Sequence[int], length: int) -> list[float]:
+  """Tokens a second of one row of each model, greedily, behind the first one: the best of rounds in
+  which they take turns. No token ends a row: who ends sooner would be timed by less.
+  """
   count = min(WRITTEN, length - len(prompt))
-  for _ in range(2):
-    began = time.perf_counter()
-    (made,) = model([list(prompt)], max_new_tokens=count, temperature=0.0)
-    seconds = time.perf_counter() - began
-  return len(made.ids) / seconds
+  speeds: list[list[float]] = [[] for _ in models]
+  for _ in range(1 + ROUNDS):
+    for model, of_model in zip(models, speeds):
+      ends = dict.fromkeys(generation.ends(model.tokenizer), -math.inf)
+      model([list(prompt)], max_new_tokens=count, temperature=0.0, logit_bias=ends)
+      of_model.append(model.report.tokens_per_second)
+  return [max(of_model[1:]) for of_model in speeds]  # the first round compiled
 
 
 def _write(directory, values, figures: Mapping[str, Estimate], each, grids, notes, log) -> None:
   rows = [[name, str(estimate)] for name, estimate in figures.items()]
   rows.append(['KL, 99% of tokens below', f'{values["KL, 99% of tokens below"]:.3f}'])
-  sides = {
-    name: values[name] for name in ('bytes on disk', 'bytes in memory', 'tokens a second here')
-  }
-  for name, (before, after) in sides.items():
+  for name in ('bytes on disk', 'bytes in memory', 'bytes a token reads', 'tokens a second here'):
+    before, after = values[name]
     rows.append([name, f'{before:,.0f} -> {after:,.0f} ({after / before:.0%})'])
-  for name, (before, after) in values['predicted ms a token'].items():
-    rows.append([f'predicted ms a token, {name}', f'{before:.3f} -> {after:.3f}'])
+  for name, sides in values['predicted ms a token'].items():
+    said = ['does not fit' if ms is None else f'{ms:.3f}' for ms in sides]
+    rows.append([f'predicted ms a token, {name}', ' -> '.join(said)])
   n = values['n']
   title = f'{n["tokens"]:,} tokens of {n["documents"]} documents, with 95% intervals over documents'
   commands.table(title, ['', ''], rows)

@@ -5,6 +5,7 @@ does the work, which is imported when it is asked for.
 import functools
 from collections.abc import Callable
 
+import commands
 import names
 
 _log = functools.partial(print, flush=True)
@@ -107,4 +108,5 @@ def _prune(options) -> None:
 def _judge(options) -> None:
   run = names.imported('workdir.judged.judge')
   asked = options.limit, options.by_layer, options.topology
-  run(options.original, options.smaller, options.text, *asked, _log)
+  with commands.mendable(ImportError):  # of a topology whose compiler is not here
+    run(options.original, options.smaller, options.text, *asked, _log)
