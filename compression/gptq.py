@@ -9,6 +9,9 @@ Scales and zero points are those of the matrix as it was, and stay: codes have n
 input belongs to which group, so that inputs can be taken in another order (`act_order`: those that
 weigh most first) only where groups do not depend on it.
 
+A number that is 0 stays 0, whatever the others want it to make up for, and they make up for that: a
+matrix that was pruned stays pruned.
+
 I inputs · O outputs, all that is not summed over
 """
 
@@ -100,8 +103,8 @@ def with_numbers(weight: Weight, x) -> Weight:
 def rounded(w, scale, zero, products, *, grid, damping: float, act_order: bool):
   """Numbers of the grid, [I, O], for w [I, O] with a scale and a zero point (or None) each.
 
-  products: [I, I], X^T X. Inputs that are always 0 get numbers of 0; where others are too much
-    alike for f32 to factorise H, all are NaN.
+  products: [I, I], X^T X. Numbers of 0 stay that, and inputs that are always 0 get such; where
+    others are too much alike for f32 to factorise H, all are NaN.
   """
   inputs = len(w)
   diagonal = jnp.diagonal(products)
@@ -117,6 +120,7 @@ def rounded(w, scale, zero, products, *, grid, damping: float, act_order: bool):
     (jnp.arange(inputs + more) >= inputs).astype(U.dtype)
   )
   w, scale = (jnp.pad(x[order], ((0, more), (0, 0))) for x in (w, scale))
+  gone = w == 0
   zero = jnp.zeros_like(scale) if zero is None else jnp.pad(zero[order], ((0, more), (0, 0)))
 
   def nearest(w, scale, zero):
@@ -130,11 +134,11 @@ def rounded(w, scale, zero, products, *, grid, damping: float, act_order: bool):
       return jax.lax.dynamic_slice_in_dim(x, first, rows)
 
     within = jax.lax.dynamic_slice(U, (first, first), (COLUMNS, COLUMNS))
-    scales, zeros = here(scale), here(zero)
+    scales, zeros, gone_here = here(scale), here(zero), here(gone)
 
     def one(j, carry):
       w, chosen, errors = carry
-      q = nearest(w[j], scales[j], zeros[j])
+      q = jnp.where(gone_here[j], 0, nearest(w[j], scales[j], zeros[j]))
       error = (w[j] - q) / within[j, j]
       behind = jnp.where(jnp.arange(COLUMNS) > j, within[j], 0)
       w = w - behind[:, None] * error[None]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compression import prune
 from compression.calibration import InputStatistics
 from compression.gptq import Gptq, wide_scales
 from compression.quantise import METHODS
@@ -128,6 +129,35 @@ def test_of_independent_inputs_it_is_rounding(scheme):
     jax.tree.leaves(made(scheme, w, np.eye(24))), jax.tree.leaves(rounding), strict=True
   ):
     assert (a == b).all()
+
+
+@pytest.mark.parametrize(
+  'scheme, act_order',
+  [
+    ('int4:group=32:asymmetric', True),
+    slow('int4:group=32', False),
+    slow('nf4:group=16:double', True),
+    slow('int8', False),
+    slow('fp8:block=8', False),
+  ],
+)
+def test_what_was_pruned_stays_away(scheme, act_order):
+  """A share of the numbers, or 2 of every 4: to the last one; the others make up for them."""
+  w, x = layer(4)
+  pruned = [
+    prune.stays(jnp.abs(w), (-2,), prune.Pattern.parse(text, 'row')) for text in ('0.5', '2:4')
+  ]
+  for stays in map(np.asarray, pruned):
+    left = np.where(stays, w, 0).astype(np.float32)
+    numbers, rounding = (
+      np.asarray(weight.numbers('float32'))
+      for weight in (
+        made(scheme, left, x.T @ x, act_order=act_order),
+        METHODS['rtn'](Scheme.parse(scheme), jnp.asarray(left), (-2,), (None, None), 'w'),
+      )
+    )
+    assert (numbers[~stays] == 0).all()
+    assert error(x, left, numbers) < 0.8 * error(x, left, rounding)
 
 
 @pytest.mark.slow
