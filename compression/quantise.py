@@ -60,6 +60,14 @@ def _of_scales(made: Weight, errors: jax.Array) -> jax.Array:
 METHODS = {'rtn': nearest, 'mse': clipped}
 
 
+def usual(entries: Sequence[str]) -> str:
+  """Which of METHODS is taken where nobody says one: of fp8 the scale decides where numbers lie
+  between two powers of two, and it is worth a search; others are rounded.
+  """
+  grids = {scheme.grid for _, scheme in parsed(entries)} - {'keep'}
+  return 'mse' if grids == {'fp8'} else 'rtn'
+
+
 def quantised(model, entries: Sequence[str], method: str = 'rtn'):
   """The model with its matrices in codes, by the entries of model.execution.stored. Traced.
 

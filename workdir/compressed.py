@@ -22,6 +22,8 @@ from data import tokenizers
 from decode.generating import generating
 from model import checkpoint, params, transformer
 from model.weights import read
+from model.weights.doubled import Doubled
+from model.weights.grids import spread
 from model.weights.scheme import parsed, stored
 from parallel.mesh import MeshConfig, make_mesh
 from workdir.adapted import copied, heads_at, with_heads
@@ -101,9 +103,10 @@ def quantise(
     files.replace(partial / FILE, json.dumps(facts, indent=1) + '\n')
     run = dataclasses.replace(config, model=small, init='')
     write_run(partial, run, with_heads(config, model, heads), log)
+    notes = [*kept_as_it_is(model), *lost(model)]
   if by is not None:
     kept.remove()
-  for line in kept_as_it_is(model):
+  for line in notes:
     log(line)
   after = model_bytes(model)
   log(
@@ -141,3 +144,20 @@ def kept_as_it_is(model) -> list[str]:
       size[kind] = size.get(kind, 0) + math.prod(p.shape) * p.dtype.itemsize
 
   return [f'kept as it is: {kind}, {count / 2**20:,.1f} MiB' for kind, count in size.items()]
+
+
+def lost(model) -> list[str]:
+  """Lines about groups whose scales are too small for the codes that they lie in."""
+  lines = []
+  for name, p in params.by_name(model).items():
+    for weight in jax.tree.leaves(p.get_value(), is_leaf=lambda x: isinstance(x, Doubled)):
+      if not isinstance(weight, Doubled):
+        continue
+      scale = weight.single().scale
+      if count := int((scale < spread(weight.step, weight.blocks) / 2).sum()):
+        lines.append(
+          f'NOTE: {name}: {count:,} of {scale.size:,} groups have a scale below half a step of '
+          ':double, beside one some 250 times as large: their numbers are 0, or clipped, unless '
+          'all of them were 0; without :double they are kept'
+        )
+  return lines

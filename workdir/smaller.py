@@ -32,8 +32,9 @@ def take_options(command: Callable) -> None:
   )
   made.add_argument(
     '--method',
-    default='rtn',
-    help='rtn rounds, mse clips where that is nearer; gptq, awq and smoothquant look at text',
+    default='',
+    help='rtn rounds, mse clips where that is nearer; gptq, awq and smoothquant look at text; '
+    'default: mse where all is fp8, else rtn',
   )
   made.add_argument(
     '--act_order', action='store_true', help='gptq: inputs that weigh most are rounded first'
@@ -83,14 +84,16 @@ def _quantise(options) -> None:
     )
   if bound:
     find = names.imported('workdir.bounded_codes.entries')
-    entries = find(options.workdir, options.checkpoint, options.method, bound, calibration, _log)
+    method = options.method or 'rtn'
+    entries = find(options.workdir, options.checkpoint, method, bound, calibration, _log)
     calibration = None
+  method = options.method or names.imported('compression.quantise.usual')(entries)
   run = names.imported('workdir.compressed.quantise')
   run(
     options.workdir,
     options.to,
     entries,
-    options.method,
+    method,
     options.checkpoint,
     _log,
     calibration,

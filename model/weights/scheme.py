@@ -14,8 +14,9 @@
   keep              as it is
 
 `model.execution.stored` has entries such as '*.experts.*=int4:group=32' and '*=int8'; the first one
-whose pattern matches a parameter's name holds. '*' matches dots, too. Routers, norms and biases
-stay as they are, and so do head and tables unless a pattern begins with `head`.
+whose pattern matches a parameter's name holds. '*' matches dots, too. Experts' matrices, which have
+the names of a dense layer's, are also matched as stack.blocks.0.feed_forward.experts.up. Routers,
+norms and biases stay as they are, and so do head and tables unless a pattern begins with `head`.
 """
 
 import dataclasses
@@ -218,8 +219,13 @@ def rule_of(
   of_table = name.startswith(('head.', 'embedding.'))
   if p.kind == 'vector' or p.wide or (of_table and name != 'head.tokens'):
     return None
+  called = [name]
+  if 'experts' in p.axes:  # no other part of a name tells them from a dense layer's
+    layer, _, matrix = name.rpartition('.')
+    called.append(f'{layer}.experts.{matrix}')
   for pattern, scheme in rules:
-    if fnmatch.fnmatchcase(name, pattern) and (pattern.startswith('head') or not of_table):
+    matched = any(fnmatch.fnmatchcase(each, pattern) for each in called)
+    if matched and (pattern.startswith('head') or not of_table):
       return pattern, scheme
   return None
 

@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import given, settings, strategies as st
 
 from analysis import modes
-from compression.quantise import METHODS, quantised, streamed
+from compression.quantise import METHODS, quantised, streamed, usual
 from data.config import DataConfig
 from data.tokenizers import ByteTokenizer
 from decode.generating import generating_model
@@ -26,12 +26,14 @@ from model.weights import Weight, read
 from model.weights.codes import Codes, blocks_of
 from model.weights.doubled import Doubled
 from model.weights.grids import GRIDS, TABLES, packed, unpacked
+from model.weights.int8 import Int8
 from model.weights.scheme import Scheme, check_asked, parsed, rule_of, stored
 from parallel.mesh import MeshConfig, make_mesh
 from tests.model import laws
 from tests.model.test_weights import config_of, everything
 from training import state as states
 from training.config import Config
+from workdir.compressed import lost
 
 SCHEMES = (
   'int8:group=2',
@@ -148,6 +150,24 @@ def test_scales_in_codes_are_near_to_what_they_were():
   assert size == 64 * 512 // 2 + 2 * 512 + 4 * 4 + 4
 
 
+def test_groups_that_scales_in_codes_lose_are_named():
+  """Of one group beside numbers a thousand times as large; of others nothing is said."""
+  draw = np.random.default_rng(0)
+  x = draw.normal(size=(64, 32)).astype(np.float32)
+  small = x.copy()
+  small[:32, 5] /= 1000
+  scheme = Scheme.parse('nf4:group=32:double')
+
+  def lines(x):
+    p = nnx.Param(jnp.asarray(x), axes=(None, None), kind='matrix', inputs=1, wide=False)
+    made = scheme.of(jnp.asarray(x), (-2,), (None, None))
+    return lost({'w': p.replace(made), 'v': p})
+
+  (line,) = lines(small)
+  assert 'w: 1 of 64 groups' in line and 'without :double they are kept' in line
+  assert not lines(x)
+
+
 def test_squares_are_of_the_matrix_as_it_multiplies():
   """[D, N, H] and [N, H, D] with heads of 4: 8 outputs, or inputs, are two heads."""
   assert Scheme.parse('fp8:block=8').blocks((16, 6, 4), (-3,), 'q') == (8, 2, 4)
@@ -175,6 +195,11 @@ def test_clipping_is_nearer_where_it_is_chosen():
   assert mse < 0.95 * rtn
   clipped = Scheme.parse('int8').of(jnp.asarray(x), (-2,), (None, None), 'w', 0.5)
   np.testing.assert_allclose(clipped.numbers('float32')[0], 3, rtol=1e-6)
+
+
+def test_where_nobody_says_a_method_fp8_is_searched():
+  assert usual(['*.down=keep', '*=fp8:block=8']) == 'mse'
+  assert usual(['*=int4:group=8']) == usual(['head*=int8', '*=fp8']) == 'rtn'
 
 
 def plain(model):
@@ -247,6 +272,25 @@ def test_patterns_place_schemes():
   assert rule_of('embedding.tokens', table, rules) is None
   assert rule_of('head.tokens', table, rules)[1] == Scheme('fp8')
   assert rule_of('head.tokens', table, parsed(['*=int8'])) is None
+
+
+@pytest.mark.parametrize('family', ['deepseek_v3', 'mixtral'])
+def test_a_pattern_places_experts_apart_from_dense_layers(family, one_device):
+  """Whose matrices have the same names; what all tokens share is dense, too."""
+  entries = ('*.experts.*=int4:group=2', '*=int8')
+  config = config_of(family).with_execution(stored=entries)
+  model = jax.eval_shape(functools.partial(transformer.init, config, 0))
+  matrices = {
+    name: p for name, p in params.by_name(model).items() if isinstance(read(p), Codes | Int8)
+  }
+  experts = {name for name, p in matrices.items() if 'experts' in p.axes}
+  low = {name for name, p in matrices.items() if isinstance(read(p), Codes)}
+  assert experts and low == experts
+  dense = {name for name in matrices if '.feed_forward.' in name} - experts
+  assert bool(dense) == (family == 'deepseek_v3')
+  with pytest.raises(ValueError, match='holds of no matrix'):
+    plain_ = config_of('llama').with_execution(stored=entries)
+    jax.eval_shape(functools.partial(transformer.init, plain_, 0))
 
 
 def test_a_tied_head_gets_codes_of_its_own_and_the_table_stays(one_device):
