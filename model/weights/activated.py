@@ -88,18 +88,32 @@ def _product(x, codes, formula, axes):
   return y.astype(jnp.float32)
 
 
-def _backward(formula, axes, codes, cotangent):
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Shape, type and layout of what was multiplied, which a gradient of it has."""
+
+  type: Any
+
+
+def _forward(x, codes, formula, axes):
+  return _product(x, codes, formula, axes), (codes, _Rows(jax.typeof(x)))
+
+
+def _backward(formula, axes, residuals, cotangent):
+  codes, rows = residuals
+
   def run(x):
-    return jnp.einsum(formula, x, codes.astype(jnp.float32))
+    numbers = codes.astype(jnp.float32)
+    if axes is None:
+      return jnp.einsum(formula, x, numbers)
+    return ax.einsum(formula, x, numbers, axes)
 
-  left, right = formula.split('->')[0].split(',')
-  result = formula.split('->')[1]
-  sizes = dict(zip(right, codes.shape)) | dict(zip(result, cotangent.shape))
-  shape = jax.ShapeDtypeStruct([sizes[letter] for letter in left], jnp.float32)
-  return *jax.linear_transpose(run, shape)(cotangent), None
+  like = jax.ShapeDtypeStruct(rows.type.shape, rows.type.dtype, sharding=rows.type.sharding)
+  return *jax.linear_transpose(run, like)(cotangent), None
 
 
-_product.defvjp(lambda x, codes, *how: (_product(x, codes, *how), codes), _backward)
+_product.defvjp(_forward, _backward)
 
 
 def check_platform(fp8: bool) -> None:

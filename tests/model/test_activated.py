@@ -9,6 +9,7 @@ import pytest
 
 from analysis import aot
 from model.weights.scheme import Scheme
+from parallel import axes as ax
 from parallel.mesh import MeshConfig, make_mesh
 
 FORMULAS = {
@@ -77,6 +78,30 @@ def test_the_gradient_is_that_of_the_numbers():
   wanted = np.einsum('DNH,H->D', np.asarray(weight.numbers('float32')), np.cos(np.arange(4.0)))
   found = jax.grad(total)(x)
   np.testing.assert_allclose(found, np.broadcast_to(wanted, rows), atol=1e-5)
+
+
+def test_the_gradient_over_devices_is_that_of_one():
+  """As an adapter on such a model asks for it: of rows that are split, by a sum that is."""
+  x, w = (
+    jax.random.normal(jax.random.key(n), size) for n, size in enumerate(((4, 4, 16), (16, 8)))
+  )
+
+  def gradient(x, w):
+    axes = 'feed_forward', 'embed'
+    weight = Scheme.parse('int8:activations').of(ax.place(w, *axes), (-2,), axes)
+
+    def total(x):
+      y = weight.product('BTF,FD->BTD', x, 'float32', ax.residual(x.shape[1]))
+      return (y * jnp.cos(y)).sum()
+
+    return jax.grad(total)(ax.place(x, 'batch', 'length', 'feed_forward'))
+
+  made = []
+  for sizes in ({}, {'data': 2, 'fsdp': 2, 'tensor': 2}):
+    devices = jax.devices()[: 8 if sizes else 1]
+    with jax.set_mesh(make_mesh(MeshConfig(**{'data': 1} | sizes), devices)):
+      made.append(np.asarray(jax.jit(gradient)(x, w)))
+  np.testing.assert_allclose(made[1], made[0], atol=1e-5 * np.abs(made[0]).max())
 
 
 def test_what_does_not_go_together_is_refused():
