@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shutil
+import tomllib
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests import gguf_files, quantised_files
 from tests.goldens import ours
 from tests.model.test_model_checkpoint import LLAMA, write_tokenizer
 from tests.test_commands import Process
-from tests.test_docs import ON_TUNED, PAGES, python_commands
+from tests.test_docs import ON_TUNED, PAGES, ROOT, python_commands
 from workdir.checkpoint import Checkpoints
 
 # Each in a fork: flags of a config read sys.argv once, and what takes long is to import JAX.
@@ -74,6 +75,7 @@ BESIDES = {
   'span_corruption': (*TEXT, '--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
   'mlm': (*TEXT, '--config.data.tokenizer.vocabulary=512', '--config.model.layers=1'),
   'shakespeare_char': TEXT,
+  'demo': TEXT,
   'sft': (
     '--config.train.epochs=0',
     '--config.optimizer.warmup_fraction=0.0',
@@ -109,7 +111,13 @@ BESIDES = {
     '--config.data.sequence_length=64',
   ),
 }
-# Of a model whose package of 93 MB tests/real imports, another one is in its place here.
+# Of a model whose package of 93 MB tests/real imports, another one is in its place here: sizes of
+# the pages, and those that it has.
+SIZES = {
+  'group=64': 'group=8',
+  'heads=6,channels=1024': 'heads=2,channels=24',
+  '--length=512': '--length=64',
+}
 CHAT = (
   '{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}'
   '{% if add_generation_prompt %}assistant: {% endif %}'
@@ -129,8 +137,9 @@ def here(line: list[str], directory: pathlib.Path) -> list[str]:
   """With this directory in the place of the person's own."""
   lines = (
     'orders|dates|docstrings|tasks|spell|ask|said|pairs|judged|sums|answers|beside|mixed|mixed.out'
+    '|calibration'
   )
-  names = rf'input\.txt|({lines})\.jsonl|sentiment\.csv'
+  names = rf'input\.txt|({lines})\.jsonl|(sentiment|banking_train|banking_test)\.csv'
   places = re.compile(rf'(?<![\w/])(?=(runs|path/to)/|{names})')
   return [places.sub(f'{directory}/', part).replace('HERE', str(directory)) for part in line]
 
@@ -173,8 +182,13 @@ def prepared(directory: pathlib.Path) -> None:
   )
   labelled = [f'number {i} is it,{("positive", "negative")[i % 2]}' for i in range(150)]
   (directory / 'sentiment.csv').write_text('\n'.join(['text,label', *labelled]) + '\n')
+  words = tomllib.loads((ROOT / 'configs/templates/banking.toml').read_text())['words']
+  asked = [f'number {i} is it,{label}' for i, label in enumerate([*words] * 15)]
+  for name, rows in (('train', asked[:100]), ('test', asked[100:])):
+    (directory / f'banking_{name}.csv').write_text('\n'.join(['text,label', *rows]) + '\n')
   texts = [{'text': f'{question} {answer}. ' * 20} for question, answer in pairs]
-  (hf.parent / 'answers.jsonl').write_text(''.join(json.dumps(text) + '\n' for text in texts))
+  for path in (hf.parent / 'answers.jsonl', directory / 'calibration.jsonl'):
+    path.write_text(''.join(json.dumps(text) + '\n' for text in texts))
   gguf_files.write(hf.parent / 'model.gguf', config, ours.tensors(hf))
   shutil.copytree(hf, directory / 'plain')
   quantised_files.in_codes(
@@ -190,6 +204,7 @@ def shortened(line: list[str]) -> list[str]:
   line = [part.replace('sequence_length=256', 'sequence_length=48') for part in line]
   line = [re.sub('sequence_length=(128|96)', 'sequence_length=32', part) for part in line]
   line = [part.replace('max_new_tokens=24', 'max_new_tokens=8') for part in line]
+  line = [part.replace('begin=100:end=400', 'begin=0:end=2:every=1') for part in line]
   line = [part for part in line if not re.search(r'epochs=|steps=(0|22|60|120|200)$', part)]
   # Instead of the standard library.
   line = [part.replace('[1].kind=stdlib', '[1].kind=text') for part in line]
@@ -212,13 +227,13 @@ def ran(directory: pathlib.Path) -> list[tuple]:
   for name, line in every:
     line = shortened(line) if name == 'train.py' else line
     line = ['path/to/hf_dir' if part == 'smollm2' else part for part in line]
-    # The model in its place has 32 of what a matrix sums over.
-    line = [part.replace('group=64', 'group=8') for part in line]
+    for size, smaller in SIZES.items() if name == 'convert.py' else ():
+      line = [part.replace(size, smaller) for part in line]
     lines.append((name, here(line, directory)))
   said = []
   # A process of each few: none lives longer than it may (tests/test_commands.py).
-  for first in range(0, len(lines), 8):
-    part = lines[first : first + 8]
+  for first in range(0, len(lines), 4):
+    part = lines[first : first + 4]
     done = Process(directory, '-c', RUN_EACH, json.dumps(part)).end()
     said += done.out.split('$ ')[1:]
     failed = [each for each in said if not each.endswith('code 0\n')]
@@ -240,6 +255,7 @@ def test_commands_of_the_pages_run(tmp_path):
     'inspect',
     'judge',
     'merge',
+    'prune',
     'quantise',
     'rebase',
     'seal',
@@ -289,9 +305,21 @@ def check_promises(directory: pathlib.Path, each: list[tuple]) -> None:
     'dates',
     'merged',
     'again',
+    'banking',
     'first',
     'docs',
+    'gptq',
+    'grpo-t5',
+    'groups',
+    'half',
     'mixed',
+    'mixed-bits',
+    'narrow',
+    'recovered',
+    'recovered-lora',
+    'thin',
+    'within-kl',
+    'within-perplexity',
     'assistant',
     'shakespeare',
   }
@@ -312,7 +340,7 @@ def check_what_was_tuned(directory: pathlib.Path) -> None:
   # Those with a word in front read what a person brings, and have tests of their own.
   flags = [each for each in typed('evaluate.py') if each[1][0].startswith('--')]
   lines += [each for each in flags if each[1][1:] != of_no_file]
-  assert len(lines) == 10
+  assert len(lines) == 11
   for name, line in lines:
     done = Process(directory, name, *here(line, directory)).end()
     assert done.code == 0 and 'Traceback' not in done.error, (line, done.error, done.out)
@@ -325,7 +353,7 @@ def check_what_was_tuned(directory: pathlib.Path) -> None:
   assert len(ours.splitlines()) == len(beside.splitlines()) == 2
   texts = [[json.loads(line)['text'] for line in each.splitlines()] for each in (ours, beside)]
   assert texts[0] == texts[1], 'soft tokens beside their model are those of their run'
-  for run in ('smollm2', 'classifier', 'head', 'reward'):
+  for run in ('smollm2', 'classifier', 'head', 'banking', 'reward'):
     assert (directory / 'runs' / run / 'evaluation').is_dir()
 
 
