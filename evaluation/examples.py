@@ -4,9 +4,10 @@ before each, frozen before any model sees them; and the same as ids of one model
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from data.chat import PREPARED_DAY, ChatTemplate, quoted
 from data.records import LabelRecord
@@ -14,7 +15,7 @@ from data.template import Template
 from data.tokenizer import Tokenizer, in_utf8
 from decode.choices import room
 from decode.loaded import LoadedModel
-from evaluation.prompts import Shots
+from evaluation.prompts import Shots, ranked
 from evaluation.sandbox import Sandbox
 from evaluation.task import (
   Classification,
@@ -30,6 +31,7 @@ from evaluation.task import (
 
 # The field of a row that says whether it may be answered (evaluation/safety.py): no answer itself.
 SAFETY = 'safety'
+KEPT = 16  # times as many as may be shown: at so many the pool of a label is cut to these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,32 +95,90 @@ def ways(task: Task, shots: Sequence[int]) -> tuple[list[int], list[int]]:
   return fit, [k for k in dict.fromkeys(shots) if k not in fit]
 
 
+class _Stream:
+  """The questions of a task, in the order of its rows, made anew whenever they are gone through.
+
+  Raises as `examples` does.
+  """
+
+  def __init__(self, task: Task, k: int, manner: Manner):
+    self._task, self._manner = task, manner
+    # A function may be slow, or draw: it is asked for its rows once.
+    self._rows = [*rows_of(task, task.data, manner.data)] if callable(task.data) else None
+    self._shown = _Shown(task, self._pool, k, manner.seed) if k else None
+    self._template = None
+    if isinstance(task.kind, Classification):
+      # The task names its file alone, and the pattern and words are what is asked.
+      self._template = Template.read(task.kind.template).values()
+
+  def __iter__(self) -> Iterator[Item]:
+    rows = self._rows
+    if rows is None:
+      rows = rows_of(self._task, self._task.data, self._manner.data)
+    for place, row in itertools.islice(rows, self._manner.limit or None):
+      each = _plain(self._task, place, row)
+      shots = self._shown.before(each) if self._shown else ()
+      yield _frozen(self._task, each, shots, self._manner, self._template)
+
+  def _pool(self) -> Iterator[Item]:
+    """What examples are drawn from, without any before them."""
+    own = self._rows is not None and not self._task.shots
+    source = self._task.shots or self._task.data
+    rows = self._rows if own else rows_of(self._task, source, self._manner.data)
+    return (_plain(self._task, *placed) for placed in rows)
+
+
+class Questions(_Stream):
+  """Those that `examples` gives, none of which is kept: what takes memory is those in hand. All are
+  made once at first, so that what cannot be asked is said before any is. Raises as `examples` does.
+  """
+
+  def __init__(self, task: Task, k: int, manner: Manner):
+    super().__init__(task, k, manner)
+    self._n = sum(1 for _ in self)
+    _check_some(task, self._n)
+
+  def __len__(self) -> int:
+    return self._n
+
+
 def examples(task: Task, k: int, manner: Manner) -> list[Item]:
   """The questions of a task, each with k examples before it, in the order of its rows.
 
   Raises ValueError, naming the place, for rows that are not what the task takes, and for more
   examples than there are; FileNotFoundError naming --data, or a template.
   """
-  every = [_plain(task, *placed) for placed in rows_of(task, task.data, manner.data)]
-  asked = every[: manner.limit or None]
-  if not asked:
+  asked = [*_Stream(task, k, manner)]
+  _check_some(task, len(asked))
+  return asked
+
+
+def _check_some(task: Task, n: int) -> None:
+  if not n:
     raise ValueError(f'{task.data} has no rows; give a file that has some')
-  pool = every
-  if k and task.shots:
-    pool = [_plain(task, *placed) for placed in rows_of(task, task.shots, manner.data)]
-  shown = _Shown(task, pool, k, manner.seed) if k else None
-  template = None
-  if isinstance(task.kind, Classification):
-    # The task names its file alone, and the pattern and words are what is asked.
-    template = Template.read(task.kind.template).values()
-  return [
-    _frozen(task, each, shown.before(each) if shown else (), manner, template) for each in asked
-  ]
 
 
-def digest_of(asked: Sequence[Item]) -> str:
+def digest_of(asked: Iterable[Item]) -> str:
   """Of a set of questions."""
-  return hashlib.blake2b(' '.join(e.digest for e in asked).encode(), digest_size=16).hexdigest()
+  prompts = PromptsDigest()
+  for each in asked:
+    prompts.add(each)
+  return prompts.value
+
+
+class PromptsDigest:
+  """The same of questions that come one by one."""
+
+  def __init__(self):
+    self._hash, self._space = hashlib.blake2b(digest_size=16), b''
+
+  def add(self, asked: Item) -> None:
+    self._hash.update(self._space + asked.digest.encode())
+    self._space = b' '
+
+  @property
+  def value(self) -> str:
+    return self._hash.hexdigest()
 
 
 def _plain(task: Task, place: str, row: Row) -> Item:
@@ -171,16 +231,24 @@ def _references(task: Task, kind: Generate, place: str, row: Row) -> tuple[str, 
 
 
 class _Shown:
-  """k examples of a pool, never the one that is asked."""
+  """k examples of a pool, never the one that is asked.
 
-  def __init__(self, task: Task, pool: Sequence[Item], k: int, seed: int):
-    self._task, self._of = task, {}
+  Of each label no more of the pool is kept than may be shown: the first k in the order of the seed,
+  and one, where one of these is asked.
+  """
+
+  def __init__(self, task: Task, pool: Callable[[], Iterable[Item]], k: int, seed: int):
+    self._task = task
     field = task.kind.label if isinstance(task.kind, Classification) else task.balanced
-    for each in pool:
+    of_labels: dict[str, dict[LabelRecord, Item]] = {}
+    for each in pool():
       label = str(field_of(field, each.place, each.row)) if field else ''
-      self._of.setdefault(LabelRecord(each.prompt, label), each)
-    labels = sorted({record.label for record in self._of})
-    self._shots = Shots([*self._of], labels, k, seed)
+      of = of_labels.setdefault(label, {})
+      of.setdefault(LabelRecord(each.prompt, label), each)
+      if len(of) >= KEPT * (k + 1):
+        of_labels[label] = {record: of[record] for record in ranked([*of], seed)[: k + 1]}
+    self._of = {record: each for of in of_labels.values() for record, each in of.items()}
+    self._shots = Shots([*self._of], sorted(of_labels), k, seed)
 
   def before(self, asked: Item) -> tuple[tuple[str, str], ...]:
     """(prompt, answer) of each. Whoever has its prompt is the one that is asked."""

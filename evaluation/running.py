@@ -5,7 +5,9 @@ business in the same place.
 NAME-K.jsonl has a line for each question, NAME-K.json the settings and then the summary.
 """
 
+import array
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -13,7 +15,7 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,16 @@ import commands
 import files
 from decode.generator import Generator
 from evaluation.differences import differences, settings_in
-from evaluation.examples import Item, Manner, chat_settings, digest_of, examples, ways
-from evaluation.measures import chance_at
+from evaluation.examples import (
+  Item,
+  Manner,
+  PromptsDigest,
+  Questions,
+  chat_settings,
+  digest_of,
+  ways,
+)
+from evaluation.measures import Measure, chance_at
 from evaluation.scoring import Line, Scorer, scorer
 from evaluation.task import Task
 
@@ -100,7 +110,7 @@ class TaskFiles:
         'remove it'
       )
 
-  def ended(self, asked: Sequence[Item]) -> Summary | None:
+  def ended(self, asked: Questions | Sequence[Item]) -> Summary | None:
     """What was made of all lines; None where they are not all there. Raises ValueError where they
     are of other questions, or of some of them.
     """
@@ -119,29 +129,49 @@ class TaskFiles:
       )
     return summary
 
-  def begin(self, asked: Sequence[Item], block: int) -> list[Line]:
-    """The lines that are there, in whole blocks. Raises ValueError where they are of other
+  def begin(self, asked: Questions | Sequence[Item], block: int) -> int:
+    """How many lines are there, in whole blocks. Raises ValueError where they are of other
     questions.
     """
     if not self._kept:
       self.lines_file.unlink(missing_ok=True)
       files.replace(self.file, json.dumps({'settings': self.settings}, indent=1) + '\n')
-    content = self.lines_file.read_bytes() if self.lines_file.exists() else b''
-    ends = content.split(b'\n')[:-1]  # a last line that was cut short is none
-    kept = ends if len(ends) == len(asked) else ends[: len(ends) // block * block]
-    lines = [files.json_object(line, f'{self.lines_file}:{i}') for i, line in enumerate(kept, 1)]
-    for line, each in zip(lines, asked):
-      if line.get('digest') != each.digest:
-        raise ValueError(
-          f'{self.lines_file}: line {line.get("i")} is of another question than {each.place}: '
-          f'{CHANGED}'
+    if not self.lines_file.exists():
+      return 0
+    kept = kept_bytes = at = 0
+    questions = iter(asked)
+    with open(self.lines_file, 'rb') as file:
+      for number, line in enumerate(file, 1):
+        if not line.endswith(b'\n'):
+          break  # a last line that was cut short is none
+        self._check_of(
+          files.json_object(line, f'{self.lines_file}:{number}'), next(questions, None)
         )
-    if len(lines) > len(asked):
+        at += len(line)
+        if not number % block or number == len(asked):
+          kept, kept_bytes = number, at
+    if kept_bytes < self.lines_file.stat().st_size:
+      os.truncate(self.lines_file, kept_bytes)
+    return kept
+
+  def _check_of(self, line: Line, asked: Item | None) -> None:
+    """Raises ValueError where a line is not of a question."""
+    if asked is None:
       raise ValueError(f'{self.lines_file} has more lines than questions; give another --output')
-    length = sum(len(line) + 1 for line in kept)
-    if length < len(content):
-      os.truncate(self.lines_file, length)
-    return lines
+    if line.get('digest') != asked.digest:
+      raise ValueError(
+        f'{self.lines_file}: line {line.get("i")} is of another question than {asked.place}: '
+        f'{CHANGED}'
+      )
+
+  def answered(self, asked: Iterable[Item]) -> Iterator[tuple[Line, Item]]:
+    """Each line with its question. Raises ValueError where they are not of one another."""
+    lines = read_lines(self.lines_file)
+    for line, each in itertools.zip_longest(lines, asked):
+      if line is None:
+        raise ValueError('some questions were not answered; ask again')
+      self._check_of(line, each)
+      yield line, each
 
   def add(self, lines: Sequence[Line]) -> None:
     """Writes lines behind those that are there."""
@@ -242,56 +272,74 @@ def _of_manner(manner: Manner) -> dict:
 
 def _one(model, name: str, task: Task, manner: Manner, place: TaskFiles, log) -> Summary:
   k = place.settings['shots']
-  asked = examples(task, k, manner)
+  asked = Questions(task, k, manner)
   if done := place.ended(asked):
     log(f'{done.name}: is there already')
     return done
   scored = scorer(model, task, manner, asked)
-  lines = place.begin(asked, scored.block)
-  if lines:
-    log(f'{name}-{k}: {len(lines)} of {len(asked)} are there already')
-  progress = ProgressLine(f'{name}, {k} shots', len(asked), len(lines), log)
-  if len(lines) < len(asked):
-    for more in scored.lines(len(lines)):
+  done = place.begin(asked, scored.block)
+  if done:
+    log(f'{name}-{k}: {done} of {len(asked)} are there already')
+  progress = ProgressLine(f'{name}, {k} shots', len(asked), done, log)
+  if done < len(asked):
+    for more in scored.lines(done):
       place.add(more)
-      lines += more
-      progress.at(len(lines))
+      done += len(more)
+      progress.at(done)
   progress.end()
-  summary = summarised(name, place.settings, scored, lines)
+  summary = summarised(name, place.settings, scored, place.answered(asked))
   place.end(summary)
   return summary
 
 
-def summarised(name: str, settings: dict, scored: Scorer, lines: Sequence[Line]) -> Summary:
-  """What lines of all questions say together. Raises ValueError for fewer."""
-  if len(lines) != len(scored.asked):
-    raise ValueError(f'{len(lines)} of {len(scored.asked)} questions were answered; ask again')
-  task, seed = scored.task, scored.manner.seed
+def summarised(
+  name: str, settings: dict, scored: Scorer, answered: Iterable[tuple[Line, Item]]
+) -> Summary:
+  """What lines of all questions say together, which are gone through once: what is kept of each is
+  the numbers that estimates are made of.
+  """
+  task, seed, first = scored.task, scored.manner.seed, scored.measures[0]
+  packed = {measure.name: _Packed(measure) for measure in scored.measures}
+  by: dict[str, _Packed] = {}
+  counts, prompts, guessed = dict.fromkeys(COUNTED, 0), PromptsDigest(), array.array('l')
+  for line, each in answered:
+    prompts.add(each)
+    guessed.append(scored.guessed(each))
+    for what in COUNTED:
+      counts[what] += line.get(what, 0)
+    if line['stats'] is not None:
+      for measure, of in packed.items():
+        of.add(line['stats'][measure])
+      if task.by:
+        value = str(each.row.get(task.by))
+        by.setdefault(value, _Packed(first)).add(line['stats'][first.name])
+  if not packed[first.name].n:
+    raise ValueError(f'none of {len(guessed)} texts has a finite score; the model is broken')
   metrics = {}
   for measure in scored.measures:
-    statistics = [line['stats'][measure.name] for line in lines if line['stats'] is not None]
-    if not statistics:
-      raise ValueError(f'none of {len(lines)} texts has a finite score; the model is broken')
-    estimate = measure.estimate(np.array(statistics, np.float64), seed)
-    more = {'lower_is_better': measure.lower_is_better}
-    signature = measure.signature()
-    metrics[measure.name] = finite(
-      estimate.values() | more | ({'signature': signature} if signature else {})
-    )
-  by: dict[str, dict] = {}
-  if task.by:
-    first = scored.measures[0]
-    groups: dict[str, list] = {}
-    for line, each in zip(lines, scored.asked):
-      if line['stats'] is not None:
-        groups.setdefault(str(each.row.get(task.by)), []).append(line['stats'][first.name])
-    for value, statistics in sorted(groups.items()):
-      by[value] = {
-        first.name: finite(first.estimate(np.array(statistics, np.float64), seed).values())
-      }
-  counts = {what: sum(line.get(what, 0) for line in lines) for what in COUNTED}
-  chance = scored.chance
-  return Summary(name, settings, len(lines), digest_of(scored.asked), chance, metrics, by, counts)
+    metrics[measure.name] = packed[measure.name].estimate(seed)
+    metrics[measure.name]['lower_is_better'] = measure.lower_is_better
+    if signature := measure.signature():
+      metrics[measure.name]['signature'] = signature
+  values = {value: {first.name: of.estimate(seed)} for value, of in sorted(by.items())}
+  chance = scored.chance_among(guessed)
+  return Summary(name, settings, len(guessed), prompts.value, chance, metrics, values, counts)
+
+
+class _Packed:
+  """Statistics of documents, n of them, that a measure is an estimate of."""
+
+  def __init__(self, measure: Measure):
+    self.n, self._measure, self._numbers = 0, measure, array.array('d')
+
+  def add(self, statistics: Sequence[float]) -> None:
+    self.n += 1
+    self._numbers.extend(statistics)
+
+  def estimate(self, seed: int) -> dict:
+    """JSON-able."""
+    statistics = np.array(self._numbers).reshape(self.n, -1)
+    return finite(self._measure.estimate(statistics, seed).values())
 
 
 def shown(metric: Mapping[str, Any]) -> str:

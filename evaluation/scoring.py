@@ -7,6 +7,7 @@ of `Scorer.block`, so that an evaluation that was interrupted goes on with the s
 
 import abc
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -19,7 +20,7 @@ from decode.generator import Generator
 from decode.request import FAILED
 from evaluation import writing
 from evaluation.classify import CONTENT_FREE, asking_of, label_scores, probabilities
-from evaluation.examples import Asker, Item, Manner, fitted, is_pairs
+from evaluation.examples import Asker, Item, Manner, Questions, fitted, is_pairs
 from evaluation.measures import Measure, chance_of, classified, measures
 from evaluation.pseudo import pair_scores
 from evaluation.sandbox import CONFINED
@@ -39,15 +40,20 @@ class Scorer(abc.ABC):
 
   block = 64
 
-  def __init__(self, model: Generator, task: Task, manner: Manner, asked: Sequence[Item]):
+  def __init__(
+    self, model: Generator, task: Task, manner: Manner, asked: Questions | Sequence[Item]
+  ):
     self.model, self.task, self.manner, self.asked = model, task, manner, asked
     self.asker = Asker(model, task, manner)
     self.measures: list[Measure] = measures(task)
 
   def lines(self, first: int = 0) -> Iterator[list[Line]]:
     """Of the questions from this one on, in order, some at a time; a multiple of `block`."""
-    for begin in range(first, len(self.asked), self.block):
-      here = self.asked[begin : begin + self.block]
+    rest = itertools.islice(self.asked, first, None)
+    for begin in itertools.count(first, self.block):
+      here = [*itertools.islice(rest, self.block)]
+      if not here:
+        return
       more = self.scores(here)
       yield [
         {'i': begin + i, 'place': asked.place, 'digest': asked.digest, 'prompt': asked.prompt}
@@ -59,13 +65,23 @@ class Scorer(abc.ABC):
   def scores(self, asked: Sequence[Item]) -> list[Line]:
     """What a line says besides, of each."""
 
+  def guessed(self, asked: Item) -> int:
+    """Among how many who knows nothing guesses; 0: there is nothing to guess."""
+    return 0
+
   @property
   def chance(self) -> float:
     """The score of who knows nothing."""
-    return chance_of(self.task, [])
+    return self.chance_among(map(self.guessed, self.asked))
+
+  def chance_among(self, guessed: Iterable[int]) -> float:
+    """The same, where it is known of every question among how many."""
+    return chance_of(self.task, [n for n in guessed if n])
 
 
-def scorer(model: Generator, task: Task, manner: Manner, asked: Sequence[Item]) -> Scorer:
+def scorer(
+  model: Generator, task: Task, manner: Manner, asked: Questions | Sequence[Item]
+) -> Scorer:
   """Of the task's kind. Raises ValueError where the model cannot be asked so."""
   kinds = {
     MultipleChoice: Choosing,
@@ -141,9 +157,8 @@ class Choosing(Scorer):
     }
     return max(sizes[self.task.kind.normalise], 1)
 
-  @property
-  def chance(self):
-    return chance_of(self.task, [len(each.choices) for each in self.asked])
+  def guessed(self, asked):
+    return len(asked.choices)
 
 
 def likeliest(scores: np.ndarray, pairs: bool) -> int:
@@ -193,7 +208,7 @@ class Labelling(Scorer):
     questions = [(each.prompt, self._shown(each)) for each in asked]
     scores, cut = label_scores(self.model, asking, questions)
     if self._free is None and self.task.kind.calibration != 'none':
-      nothing = [(text, self._shown(self.asked[0])) for text in CONTENT_FREE]
+      nothing = [(text, self._shown(next(iter(self.asked)))) for text in CONTENT_FREE]
       self._free, _ = label_scores(self.model, asking, nothing)
     free = np.zeros_like(scores[:1]) if self._free is None else self._free
     lines = []
@@ -217,9 +232,8 @@ class Labelling(Scorer):
   def _shown(self, each: Item) -> list[LabelRecord]:
     return [LabelRecord(*shot) for shot in each.shots]
 
-  @property
-  def chance(self):
-    return chance_of(self.task, [len(self._template.labels)])
+  def guessed(self, asked):
+    return len(self._template.labels)
 
 
 def _check_unasked(task: Task, manner: Manner, why: str) -> None:
@@ -287,7 +301,8 @@ class Writing(Scorer):
   """Of a Generate: answers, and what metrics make of them."""
 
   def __init__(self, model, task, manner, asked):
-    super().__init__(model, task, manner, asked)
+    # What an engine has room for depends on all prompts: they are in memory.
+    super().__init__(model, task, manner, [*asked])
     self._metrics = task.measured
     kind = task.kind
     if kind.program and not manner.programs:

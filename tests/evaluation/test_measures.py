@@ -147,7 +147,7 @@ def test_what_is_beyond_all_numbers_is_null_and_said(tmp_path):
   place = running.TaskFiles(tmp_path, 'foretell-0', settings)
   place.begin(asked, 1)
   place.add(lines)
-  place.end(running.summarised('foretell', settings, scored, lines))
+  place.end(running.summarised('foretell', settings, scored, zip(lines, asked)))
   page.write(tmp_path, {'workdir': 'runs/x'}, {})
   for name in ('foretell-0.json', page.VALUES):
     assert not re.search('Infinity|NaN', (tmp_path / name).read_text())
