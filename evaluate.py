@@ -40,7 +40,8 @@ from data.template import Template
 from decode import opening
 from decode.generator import Generator
 from evaluation import classify, harness, harness_results, heads, page, rewards, running, task
-from evaluation.examples import Manner
+from evaluation.attacks import named
+from evaluation.examples import Manner, of_safety
 from evaluation.prompts import Shots
 from evaluation.sandbox import Sandbox
 from parallel.flag import mesh_of
@@ -69,6 +70,12 @@ SYSTEM = flags.DEFINE_string(
 )
 CHAT = flags.DEFINE_bool(
   'chat', False, "Prompts of tasks are a user's turns, by the chat template of the run."
+)
+ATTACKS = flags.DEFINE_list(
+  'attacks',
+  [],
+  'In which ways prompts of tasks of safety are asked besides: role_play, prefix, base64, '
+  'many_shot, or a file with a suffix in each line; several by commas.',
 )
 RUN_PROGRAMS = flags.DEFINE_string(
   'run_programs',
@@ -280,7 +287,10 @@ def check_tasks() -> None:
       f'{typed[0]} is of classification and rewards: tasks, and the run, say how they are asked'
     )
   if not TASKS.value:
-    for flag in (DATA, SYSTEM, CHAT, RUN_PROGRAMS) if not LM_EVAL.value else (RUN_PROGRAMS,):
+    beside = (
+      (RUN_PROGRAMS, ATTACKS) if LM_EVAL.value else (DATA, SYSTEM, CHAT, RUN_PROGRAMS, ATTACKS)
+    )
+    for flag in beside:
       if flag.value != flag.default:
         raise ValueError(f'--{flag.name}={flag.value} is of tasks; name some by --tasks')
   elif CALIBRATION.value != CALIBRATION.default:
@@ -310,8 +320,15 @@ def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
     except ValueError as error:
       failed[name] = str(error)
       print(f'ERROR: task {name}: {error}')
+  attacks = named(ATTACKS.value)
+  if attacks and not any(map(of_safety, tasks.values())):
+    raise ValueError(
+      f'--attacks={",".join(ATTACKS.value)} is of tasks of safety, as xstest, and there is none of '
+      'these; leave it out'
+    )
   programs = Sandbox(RUN_PROGRAMS.value) if RUN_PROGRAMS.value else None
-  manner = Manner(DATA.value, LIMIT.value, SEED.value, SYSTEM.value, CHAT.value, programs)
+  given = DATA.value, LIMIT.value, SEED.value, SYSTEM.value, CHAT.value
+  manner = Manner(*given, programs, attacks)
   model, of = opened()
   done, more = running.evaluate(model, tasks, ways, manner, of, output)
   failed |= more

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from data.chat import PREPARED_DAY, ChatTemplate, quoted
 from data.records import LabelRecord
@@ -15,6 +15,7 @@ from data.template import Template
 from data.tokenizer import Tokenizer, in_utf8
 from decode.choices import room
 from decode.loaded import LoadedModel
+from evaluation.attacks import SAFETY, attacked
 from evaluation.prompts import Shots, ranked
 from evaluation.sandbox import Sandbox
 from evaluation.task import (
@@ -29,8 +30,6 @@ from evaluation.task import (
   rows_of,
 )
 
-# The field of a row that says whether it may be answered (evaluation/safety.py): no answer itself.
-SAFETY = 'safety'
 KEPT = 16  # times as many as may be shown: at so many the pool of a label is cut to these
 
 
@@ -44,6 +43,8 @@ class Manner:
     system: text before all else; of a chat, what the system says.
     chat: whether prompts are turns of a user, by the chat template of the run.
     programs: where programs run that a model wrote; None: nowhere.
+    attacks: in which ways prompts of safety are asked besides, as evaluation.attacks.named has
+      them; no other task is asked otherwise.
   """
 
   data: str = '.'
@@ -52,6 +53,7 @@ class Manner:
   system: str = ''
   chat: bool = False
   programs: Sandbox | None = None
+  attacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Item:
   digest: str = ''
 
 
+def of_safety(task: Task) -> bool:
+  """Whether its prompts are to be refused, or not, by what their rows say."""
+  return getattr(task.kind, 'references', '') == SAFETY
+
+
 def ways(task: Task, shots: Sequence[int]) -> tuple[list[int], list[int]]:
   """Of numbers of examples those that a task can be asked with, and the others.
 
@@ -85,7 +92,7 @@ def ways(task: Task, shots: Sequence[int]) -> tuple[list[int], list[int]]:
   shows = isinstance(task.kind, Classification | Generate) or bool(task.prompt)
   shows = shows and not isinstance(task.kind, Perplexity)
   # What is right there is a label, and no answer.
-  shows = shows and (task.target or getattr(task.kind, 'references', '') != SAFETY)
+  shows = shows and (task.target or not of_safety(task))
   fit = [k for k in dict.fromkeys(shots) if shows or not k]
   if not fit:
     raise ValueError(
@@ -104,7 +111,7 @@ class _Stream:
   def __init__(self, task: Task, k: int, manner: Manner):
     self._task, self._manner = task, manner
     # A function may be slow, or draw: it is asked for its rows once.
-    self._rows = [*rows_of(task, task.data, manner.data)] if callable(task.data) else None
+    self._rows = [*self._read()] if callable(task.data) else None
     self._shown = _Shown(task, self._pool, k, manner.seed) if k else None
     self._template = None
     if isinstance(task.kind, Classification):
@@ -112,13 +119,16 @@ class _Stream:
       self._template = Template.read(task.kind.template).values()
 
   def __iter__(self) -> Iterator[Item]:
-    rows = self._rows
-    if rows is None:
-      rows = rows_of(self._task, self._task.data, self._manner.data)
+    rows = self._read() if self._rows is None else self._rows
     for place, row in itertools.islice(rows, self._manner.limit or None):
       each = _plain(self._task, place, row)
       shots = self._shown.before(each) if self._shown else ()
       yield _frozen(self._task, each, shots, self._manner, self._template)
+
+  def _read(self) -> Iterator[tuple[str, Row]]:
+    rows = rows_of(self._task, self._task.data, self._manner.data)
+    attacks = self._manner.attacks if of_safety(self._task) else {}
+    return attacked(rows, attacks) if attacks else rows
 
   def _pool(self) -> Iterator[Item]:
     """What examples are drawn from, without any before them."""

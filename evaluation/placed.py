@@ -57,7 +57,7 @@ def results(
 def manner_of(summary: Summary, data: str) -> Manner:
   """How a task was asked, with its files in this directory."""
   asked = {name: summary.settings[name] for name in ('limit', 'seed', 'system', 'chat')}
-  return Manner(data=data, **asked)
+  return Manner(data=data, attacks=summary.settings.get('attacks', {}), **asked)
 
 
 def beside(path: pathlib.Path, asked: Sequence[Item]) -> list[tuple[Mapping, Item]]:

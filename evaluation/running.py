@@ -31,6 +31,7 @@ from evaluation.examples import (
   Questions,
   chat_settings,
   digest_of,
+  of_safety,
   ways,
 )
 from evaluation.measures import Measure, chance_at
@@ -239,6 +240,8 @@ def evaluate(
       log(f'NOTE: {name} shows no examples; --shots={",".join(map(str, left_out))} is left out')
     for k in fit:
       settings = {'shots': k, 'task': task.values(), **common}
+      if manner.attacks and of_safety(task):
+        settings['attacks'] = manner.attacks
       asked.append((name, task, TaskFiles(output, f'{name}-{k}', settings)))
 
   summaries = []
@@ -264,9 +267,9 @@ def why(error: Exception) -> str:
 
 
 def _of_manner(manner: Manner) -> dict:
-  """What of it decides the lines: where the data lies does not."""
+  """What of it decides the lines of all tasks: where the data lies does not."""
   values = dataclasses.asdict(manner)
-  del values['data']
+  del values['data'], values['attacks']
   return values
 
 

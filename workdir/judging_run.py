@@ -17,8 +17,8 @@ from data.records import ChatRecord, TextRecord
 from data.template import Template
 from decode.generator import Generator
 from evaluation import classify
+from evaluation.attacks import LABELS, UNSAFE
 from evaluation.heads import scores_of
-from evaluation.safety import LABELS, UNSAFE
 from parallel.mesh import MeshConfig
 from training.config import Config
 from workdir.head import WORDS, head_of, labels_by

@@ -1,10 +1,10 @@
 """Is a secret kept, however one asks, and nothing else withheld? A harmless stand-in for red teams.
 
 A cook may tell all but one recipe. Every question is asked as it is, and in each way of
-evaluation.safety.ATTACKS.
+evaluation.attacks.ATTACKS.
 """
 
-from evaluation.safety import ATTACKS, SAFE, UNSAFE, labelled
+from evaluation.attacks import ATTACKS, SAFE, UNSAFE, labelled
 from evaluation.task import Generate, Task
 
 COOK = (

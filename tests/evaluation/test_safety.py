@@ -9,10 +9,11 @@ import json
 import pytest
 
 from evaluation import page, running, safety, task as tasks
+from evaluation.attacks import ATTACKS, SAFE, UNSAFE, labelled, suffixes
 from evaluation.examples import Manner, examples
 from evaluation.paired import mcnemar
 from evaluation.refusals import refuses
-from evaluation.safety import ATTACKS, SAFE, UNSAFE, findings, labelled, suffixes
+from evaluation.safety import findings
 from evaluation.text_metrics import made
 from tests.evaluation.test_label_scores import generator
 from workdir import judging_run, safety as command
