@@ -3,6 +3,7 @@ paired differences, what was kept of each task, and what a gain has cost.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import files
 from evaluation import page, task as tasks
 from evaluation.differences import differences
 from evaluation.forgetting import LINE, LOST, Change, advice, change, mean_retention, percent
+from evaluation.intervals import Estimate, mean_of
 from evaluation.measures import known
 from evaluation.paired import holm
 from evaluation.running import Summary, finite, read_lines
@@ -47,11 +49,12 @@ def main(arguments: Sequence[str]) -> None:
     for name in target:
       if name not in known:
         raise ValueError(f'--target={name} is none of the tasks of {given.before}: {known}')
-    changes = {}
+    changes, asked = {}, {given.before: [*before.values()]}
     for after in given.after:
+      asked[after] = _read(after)
       changes[after] = compared(before, given.before, after, given.seed)
       show(given.before, after, changes[after], target)
-    write(output, given.before, changes, target)
+    write(output, given.before, changes, target, asked)
     print(f'\nwrote {output}/{PAGE}, {PICTURE} and {VALUES}')
 
 
@@ -203,10 +206,10 @@ def _said(changes: Sequence[Change], target: Sequence[str]) -> list[str]:
   lines += advice(others)
   mean = mean_retention(others)
   if mean is not None:
-    warn = f'  {LOST}' if mean < LINE else ''
+    warn = f'  {LOST}' if mean.value < LINE else ''
     count = sum(each.kept is not None for each in others)
     of = f'{count} task{"s" * (count > 1)}'
-    lines.append(f'mean retention of {of}: {mean:.1%}{warn}')
+    lines.append(f'mean retention of {of}: {percent(mean)}{warn}')
   for each in tuned:
     scores = f'{_number(each.before)} -> {_number(each.after)}'
     lines.append(f'target {each.task}: {each.metric} {scores}')
@@ -218,17 +221,30 @@ def write(
   before: str,
   changes: Mapping[str, Sequence[Change]],
   target: Sequence[str],
+  asked: Mapping[str, Sequence[Summary]],
 ) -> None:
-  """Page, picture and values."""
+  """Page, picture and values. asked: of each place its evaluations."""
   parts = ['# What was gained, and what was kept', f'![retention]({PICTURE})']
   for after, of in changes.items():
     parts += [f'## {before} → {after}', page.table(HEADERS, _rows(of))]
     parts.append('\n'.join(f'- {line}' for line in _said(of, target)))
   parts.append(LEGEND)
+  compared_ones = {each.task for of in changes.values() for each in of}
+  prompts = {s.name: s.prompts for s in asked[before] if s.name in compared_ones}
+  runs = {place: of[0].settings.get('run', {}) for place, of in asked.items()}
+  parts += ['## Of what', page.table(['task', 'digest of the prompts'], prompts.items())]
+  about = [[place, json.dumps(run)] for place, run in runs.items()]
+  parts.append(page.table(['evaluation', 'run'], about))
   values = {
+    'prompts': prompts,
+    'runs': runs,
     'before': before,
     'after': {after: [each.values() for each in of] for after, of in changes.items()},
     'target': [*target],
+    'mean retention': {
+      after: (mean := mean_retention(_split(of, target)[1])) and mean.values()
+      for after, of in changes.items()
+    },
   }
   files.replace(output / VALUES, json.dumps(finite(values), indent=1) + '\n')
   files.replace(output / PICTURE, picture(changes, target))
@@ -268,7 +284,8 @@ def what_was_kept(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[
 
 def _trade_off(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[str]) -> None:
   """What the target gained, in per cent of before, against the mean of what was kept; where some
-  of it was 0 before, as answers to a task that it did not know, the gain itself.
+  of it was 0 before, as answers to a task that it did not know, the gain itself. Intervals are of
+  the mean, and of the difference.
   """
   compared = {
     after: [each for each in _split(of, target)[0] if each.is_compared]
@@ -281,13 +298,21 @@ def _trade_off(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[str
       why = 'no retention is known of the others' if tuned else 'no target is compared'
       print(f'NOTE: {after} has no point: {why}', file=sys.stderr)
       continue
-    gains = [(c.before - c.after if c.lower_is_better else c.after - c.before) for c in tuned]
-    if relative:
-      gains = [100 * gain / abs(each.before) for gain, each in zip(gains, tuned)]
-    ax.plot([100 * kept], [sum(gains) / len(gains)], 'o', label=after)
+    gain = mean_of([_gained(each, relative) for each in tuned])
+    spans = [[[max(e.value - e.low, 0)], [max(e.high - e.value, 0)]] for e in (kept, gain)]
+    x, xerr = 100 * kept.value, [[100 * end for end in side] for side in spans[0]]
+    ax.errorbar([x], [gain.value], spans[1], xerr, fmt='o', capsize=3, label=after)
   ax.axvline(100 * LINE, color='C3', linewidth=1, linestyle='--')
   ax.axhline(0, color='0.6', linewidth=1)
   unit = ', %' if relative else ''
   ax.set(xlabel='mean retention of the others, %', ylabel=f'gain on {", ".join(target)}{unit}')
   if ax.get_legend_handles_labels()[0]:
     ax.legend(fontsize=7)
+
+
+def _gained(each: Change, relative: bool) -> Estimate:
+  """The difference, upwards where it is better; relative: in per cent of what was before."""
+  gap, unit = each.difference, 100 / abs(each.before) if relative else 1.0
+  ends = sorted(unit * x * (-1 if each.lower_is_better else 1) for x in (gap.low, gap.high))
+  value = unit * gap.value * (-1 if each.lower_is_better else 1)
+  return dataclasses.replace(gap, value=value, low=ends[0], high=ends[1])

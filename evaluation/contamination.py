@@ -24,7 +24,7 @@ from data import compressed
 from data.config import SourceConfig
 from data.sources import Problems, documents
 from evaluation import page, placed, task as tasks
-from evaluation.examples import Item, Manner, examples
+from evaluation.examples import Item, Manner, digest_of, examples
 from evaluation.intervals import Estimate, wilson
 from evaluation.measures import known
 from evaluation.running import check_own, finite
@@ -219,7 +219,9 @@ def main(arguments: Sequence[str]) -> None:
     for each in done:
       for i, run in [*each.shown.items()][:2]:
         print(f'{each.task}: {asked[each.task][i].place}: "{run}"')
-    content = own | {'tasks': [each.values() for each in done]}
+    prompts = {name: digest_of(items) for name, items in asked.items()}
+    tasks_said = [each.values() | {'prompts': prompts[each.task]} for each in done]
+    content = own | {'tasks': tasks_said}
     files.replace(path, json.dumps(finite(content), indent=1) + '\n')
     print(f'\nwrote {path}')
 

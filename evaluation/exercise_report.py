@@ -57,7 +57,7 @@ class Outcome:
   def kept(self) -> float:
     """The mean of what was kept; of nothing that could be lost, all."""
     mean = mean_retention(self.others)
-    return 1.0 if mean is None else mean
+    return 1.0 if mean is None else mean.value
 
   @property
   def lost(self) -> list[str]:

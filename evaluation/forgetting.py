@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from evaluation import paired
-from evaluation.intervals import Estimate
+from evaluation.intervals import Estimate, mean_of
 from evaluation.measures import Measure
 
 LINE = 0.8  # of what could be done before: below it, a model is said to have forgotten
@@ -162,10 +162,10 @@ def _luck(first, second, measure: Measure, seed: int) -> float:
   return paired.permutation_test(first, second, measure.value, seed)
 
 
-def mean_retention(changes: Sequence[Change]) -> float | None:
+def mean_retention(changes: Sequence[Change]) -> Estimate | None:
   """Of the retentions that there are, those that are corrected where they can be."""
-  kept = [each.kept.value for each in changes if each.kept is not None]
-  return float(np.mean(kept)) if kept else None
+  kept = [each.kept for each in changes if each.kept is not None]
+  return mean_of(kept) if kept else None
 
 
 def advice(changes: Sequence[Change]) -> list[str]:

@@ -66,6 +66,19 @@ def wilson(successes: int, n: int) -> Estimate:
   return Estimate(share, low, high, n, 'wilson')
 
 
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+  """The mean of estimates of other records each, whose intervals lie as they will: either side is
+  the root of the sum of squares of theirs (MOVER, Zou and Donner 2008). n, method: of the one of
+  fewest records.
+  """
+  k = len(estimates)
+  value = math.fsum(each.value for each in estimates) / k
+  low = math.hypot(*(each.value - each.low for each in estimates)) / k
+  high = math.hypot(*(each.high - each.value for each in estimates)) / k
+  fewest = min(estimates, key=lambda each: each.n)
+  return dataclasses.replace(fewest, value=value, low=value - low, high=value + high)
+
+
 def bootstrap(
   statistic: Callable[[np.ndarray], float], n: int, seed: int = 0, resamples: int = RESAMPLES
 ) -> Estimate:

@@ -259,6 +259,7 @@ class Study:
       raise ValueError(f'{self.path} is no study of version {VERSION}: {settings or "it is empty"}')
     self.mode: str = settings['mode']
     self.systems: list[str] = settings['systems']
+    self.digest: str = settings['items']
     self.criteria: list[str] = settings['criteria']
     self.seed: int = settings['seed']
     rows = self._db.execute('SELECT key, prompt, answers FROM item ORDER BY number')

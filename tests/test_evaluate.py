@@ -135,8 +135,10 @@ def test_a_head_is_judged_beside_what_is_asked(tuned):
     (('--shots=40',), 'shots=40 shows 20 examples of label'),
     (('--config=tiny',), "objective.kind='next_token' names no template to classify by"),
     (('--config.objective.template=none.toml',), 'none.toml'),
+    (('--attacks=prefix',), "--attacks=['prefix'] is of tasks; name some by --tasks"),
+    (('--tasks=stdlib', '--attacks=prefix'), '--attacks=prefix is of tasks of safety, as xstest'),
   ],
-  ids=range(7),
+  ids=range(9),
 )
 def test_what_cannot_be_asked_is_said(tuned, flags, said):
   done = Process(tuned, 'evaluate.py', f'--workdir={tuned}/run', *flags).end()

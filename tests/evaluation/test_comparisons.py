@@ -4,12 +4,15 @@ documents those of their definitions?
 
 import itertools
 import math
+import statistics
 
 import numpy as np
 import pytest
 
 from evaluation import paired
-from evaluation.intervals import percentiles, resampled_sums, summed, wilson
+from evaluation.intervals import mean_of, percentiles, resampled_sums, summed, wilson
+from evaluation.metrics import f1_of_counts
+from evaluation.unpaired import auc, compared, rate_difference
 
 TRIALS = 1000
 
@@ -113,6 +116,65 @@ def test_a_difference_of_equals_is_nothing_and_of_a_shift_exact():
   np.testing.assert_allclose([made.value, made.low, made.high], 0.25, atol=1e-12)
   same = paired.ratio(first, first, mean, chance=0.1)
   assert (same.value, same.low, same.high) == (1, 1, 1)
+
+
+def binomial(k: int, n: int, p: float) -> float:
+  return math.comb(n, k) * p**k * (1 - p) ** (n - k)
+
+
+def test_differences_of_rates_cover_95_percent_by_counting():
+  """Of all that two groups can show, by how likely each is."""
+  for first, second in ((0.5, 0.4), (0.9, 0.6), (0.1, 0.1), (0.3, 0.05)):
+    held = 0.0
+    chances = [[binomial(k, 100, p) for k in range(101)] for p in (first, second)]
+    for a, b in itertools.product(range(101), repeat=2):
+      if (likely := chances[0][a] * chances[1][b]) > 1e-7:
+        made = rate_difference(a, 100, b, 100)
+        held += likely * (made.low <= first - second <= made.high)
+    assert abs(held - 0.95) <= 0.015, (first, second, held)
+
+
+@pytest.mark.slow
+def test_macro_f1_and_what_tells_sets_apart_cover_95_percent():
+  """F1 of three labels, of which one is rare; the AUC of two sets, apart by a deviation."""
+  draw, n = np.random.default_rng(11), 100
+  cells = np.array([[0.4, 0.06, 0.04], [0.05, 0.2, 0.05], [0.05, 0.05, 0.1]])
+  truth = {
+    'macro F1': f1_of_counts(cells.diagonal(), cells.sum(0) + cells.sum(1)),
+    'AUC': statistics.NormalDist().cdf(1 / math.sqrt(2)),
+  }
+  inside = dict.fromkeys(truth, 0)
+  for trial in range(TRIALS):
+    true, said = np.divmod(draw.choice(9, n, p=cells.ravel()), 3)
+    hit = np.eye(3)[true] * (true == said)[:, None]
+    sums = resampled_sums(np.concatenate([hit, np.eye(3)[true] + np.eye(3)[said]], 1), trial, 400)
+    drawn = {'macro F1': (2 * sums[:, :3] / np.maximum(sums[:, 3:], 1)).mean(1)}
+    first, second = draw.normal(1, 1, n), draw.normal(0, 1, n)
+    times = draw.multinomial(n, np.full(n, 1 / n), (2, 400)).astype(float)
+    above = (first[:, None] > second).astype(float)
+    drawn['AUC'] = ((times[0] @ above) * times[1]).sum(1) / n**2
+    for name, values in drawn.items():
+      low, high = percentiles(values, n)
+      inside[name] += low <= truth[name] <= high
+  for name, count in inside.items():
+    assert abs(count / TRIALS - 0.95) <= 0.015, name
+  # The resamples are those of the library.
+  made = compared(first, second, auc, 0, 400)
+  assert made.value == above.mean()
+  np.testing.assert_allclose((made.low, made.high), percentiles(drawn['AUC'], n), atol=0.03)
+
+
+def test_the_mean_of_estimates_is_covered_by_its_interval():
+  """Of three shares, of many records and of fewer."""
+  draw, held = np.random.default_rng(0), 0
+  truth = (0.5, 0.2, 0.8)
+  for _ in range(2000):
+    made = [wilson(int(draw.binomial(n, p)), n) for p, n in zip(truth, (100, 150, 60))]
+    mean = mean_of(made)
+    held += mean.low <= sum(truth) / 3 <= mean.high
+  assert abs(held / 2000 - 0.95) < 0.015 and mean.n == 60
+  alone, same = mean_of(made[:1]), made[0]
+  assert (alone.value, alone.low, alone.high) == pytest.approx((same.value, same.low, same.high))
 
 
 def test_a_ratio_is_that_above_chance_and_nothing_at_chance():

@@ -8,7 +8,7 @@ import pytest
 
 from evaluation import contamination, page, running
 from evaluation.contamination import LEAST, WORDS, Runs, contaminated
-from evaluation.examples import Item, Manner, examples
+from evaluation.examples import Item, Manner, digest_of, examples
 from evaluation.task import MultipleChoice, Task
 from tests.evaluation.test_label_scores import generator
 
@@ -127,7 +127,8 @@ def test_the_command_tells_scores_apart(tmp_path, capsys):
   assert made['scores']['found']['value'] == np.mean(right[:5])
   assert made['scores']['others']['value'] == np.mean(right[5:9])
   assert made['scores']['others']['n'] == 4 and made['short'] == 3
-  assert examples(task, 0, manner)[0].digest == lines[0]['digest']
+  asked = examples(task, 0, manner)
+  assert asked[0].digest == lines[0]['digest'] and made['prompts'] == digest_of(asked)
 
   with pytest.raises(SystemExit, match='another evaluation .words was 13 and is 12'):
     contamination.main([*flags, '--words=12'])

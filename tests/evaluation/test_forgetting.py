@@ -63,7 +63,7 @@ def test_who_is_unchanged_has_kept_exactly_everything():
     assert made.p == 1 and made.difference.values()['value'] == 0
     for each in (made.retention, made.corrected):
       assert each is None or (each.value, each.low, each.high) == (1, 1, 1)
-  assert made.verdict == KEPT and mean_retention([made]) == 1 and not advice([made])
+  assert made.verdict == KEPT and mean_retention([made]).value == 1 and not advice([made])
 
 
 def test_verdicts_are_by_the_worse_of_the_retentions():
@@ -82,7 +82,9 @@ def test_verdicts_are_by_the_worse_of_the_retentions():
 def test_at_chance_there_is_nothing_to_keep():
   made = changed(55, 40)
   assert made.corrected is None and made.retention is not None and made.verdict == AT_CHANCE
-  assert mean_retention([made, changed(200, 200)]) == 1 and 'says nothing' in advice([made])[0]
+  assert (
+    mean_retention([made, changed(200, 200)]).value == 1 and 'says nothing' in advice([made])[0]
+  )
   made = change('t', SHARE, rates(0), rates(5), 0.25)
   assert made.corrected is None and made.retention is None and made.verdict == AT_CHANCE
 
@@ -160,7 +162,7 @@ def test_of_what_neither_way_is_better_nothing_is_forgotten(tmp_path, capsys):
     made = change('t-0', SHARE, rates(before), rates(after), 0.5, directed=False)
     assert made.verdict == NEITHER and made.kept is None and not advice([made])
     assert made.difference.value == pytest.approx((after - before) / 200) and made.p <= 1
-    assert mean_retention([made, changed(200, 200)]) == 1
+    assert mean_retention([made, changed(200, 200)]).value == 1
   (row,) = compare._rows([made])
   assert row[4] and row[5] and row[7:] == ['', '', NEITHER]
   # By what the results say, and of older ones by what the task does.
@@ -197,6 +199,10 @@ def test_a_metric_of_ones_own_is_refused_alone(tmp_path, capsys):
   assert "NOTE: mine-0: 'my mean' is a metric of a task of its own" in said
   values = json.loads((tmp_path / 'b' / compare.VALUES).read_text())['after'][b]
   assert [each['task'] for each in values] == ['mine-0', 'other-0']
+  whole = json.loads((tmp_path / 'b' / compare.VALUES).read_text())
+  assert whole['prompts'] == {'mine-0': 'ab', 'other-0': 'ab'} and whole['runs'] == {a: {}, b: {}}
+  assert '| mine-0 | ab |' in (tmp_path / 'b' / compare.PAGE).read_text()
+  assert {'value', 'low', 'high', 'n'} <= whole['mean retention'][b].keys()
   c, d = (written(tmp_path / name, {'mine': ['my mean']}) for name in 'cd')
   with pytest.raises(SystemExit, match='have no metric that can be compared'):
     compare.main([c, d])
@@ -211,6 +217,11 @@ def test_a_target_that_was_at_nothing_before_has_a_point():
     compare._trade_off(ax, {'after': [target, others]}, ['new'])
     assert ax.lines[0].get_xydata().tolist() == [pytest.approx([80, gain])]
     assert ax.get_ylabel() == label
+    across, up = (bars.get_segments()[0] for bars in ax.collections)
+    kept, gap = others.retention, target.difference
+    assert across[:, 0].tolist() == pytest.approx([100 * kept.low, 100 * kept.high])
+    unit = gain / gap.value
+    assert up[:, 1].tolist() == pytest.approx([unit * gap.low, unit * gap.high])
 
 
 # The command, on two models.
