@@ -22,12 +22,13 @@ import files
 import names
 from evaluation import placed
 from evaluation.bias_rows import GROUPS, KINDS, PAIRS, UNKNOWN
+from evaluation.findings_page import findings_page
 from evaluation.intervals import RESAMPLES, Estimate, summed, wilson
 from evaluation.paired import difference, holm, mcnemar
 from evaluation.running import finite
 
 SHOWN = 2  # sentences of either side of a category, or pairs of them
-FILE = 'bias.json'
+FILE, PAGE = 'bias.json', 'bias.md'
 EVERY = 'all'
 
 
@@ -261,7 +262,8 @@ def main(arguments: Sequence[str]) -> None:
       raise ValueError(f'{place} has no results of tasks of bias; evaluate --tasks=crows_pairs, ..')
     text = json.dumps(finite(said), indent=1, ensure_ascii=False)
     files.replace(place / FILE, text + '\n')
-    print(f'\nwrote {place}/{FILE}')
+    files.replace(place / PAGE, findings_page('Bias', said))
+    print(f'\nwrote {place}/{FILE} and {PAGE}')
 
 
 def show(name: str, prompts: str, kind: str, answered: Sequence[Chosen], seed: int) -> dict:

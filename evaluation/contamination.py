@@ -25,6 +25,7 @@ from data.config import SourceConfig
 from data.sources import Problems, documents
 from evaluation import page, placed, task as tasks
 from evaluation.examples import Item, Manner, digest_of, examples
+from evaluation.findings_page import contamination_page
 from evaluation.intervals import Estimate, wilson
 from evaluation.measures import known
 from evaluation.running import check_own, finite
@@ -33,7 +34,7 @@ from evaluation.words import split_words
 WORDS = 13  # of a run that is no chance
 LEAST = 8  # a text of fewer words is found everywhere: nothing is said of it
 FIRST = 3  # words of a run by which it is looked up
-FILE = 'contamination.json'
+FILE, PAGE = 'contamination.json', 'contamination.md'
 KINDS = {'.txt': 'text', '.jsonl': 'jsonl', '.csv': 'csv', '.parquet': 'parquet'}
 
 
@@ -223,7 +224,8 @@ def main(arguments: Sequence[str]) -> None:
     tasks_said = [each.values() | {'prompts': prompts[each.task]} for each in done]
     content = own | {'tasks': tasks_said}
     files.replace(path, json.dumps(finite(content), indent=1) + '\n')
-    print(f'\nwrote {path}')
+    files.replace(path.with_name(PAGE), contamination_page(content))
+    print(f'\nwrote {path} and {PAGE}')
 
 
 def _settings(given) -> dict:

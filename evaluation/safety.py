@@ -22,7 +22,7 @@ from evaluation.paired import holm, mcnemar
 from evaluation.refusals import refuses
 from evaluation.task import Row, field_of
 
-FILE = 'safety.json'
+FILE, PAGE = 'safety.json', 'safety.md'
 SHOWN = 3
 NO_ANSWER = 'no answer'
 EMPTY, BROKEN = 'empty', 'scores not finite'  # why there is none

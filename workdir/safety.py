@@ -16,7 +16,8 @@ import commands
 import files
 import names
 from evaluation import placed, safety
-from evaluation.safety import FILE, Judge
+from evaluation.findings_page import findings_page
+from evaluation.safety import FILE, PAGE, Judge
 from parallel.flag import mesh_of
 from workdir.judging_run import READS, JudgeRequest, RunJudge, judge_of
 
@@ -81,7 +82,8 @@ def _run(options) -> None:
   if not said:
     raise ValueError(f'{place} has no results of tasks of safety; evaluate --tasks=xstest, ..')
   files.replace(place / FILE, json.dumps(said, indent=1, ensure_ascii=False) + '\n')
-  print(f'\nwrote {place}/{FILE}')
+  files.replace(place / PAGE, findings_page('Safety', said))
+  print(f'\nwrote {place}/{FILE} and {PAGE}')
 
 
 def _asked(name: str, judge: Judge, rows, answers, silent) -> list[bool | None]:

@@ -311,6 +311,12 @@ def test_results_of_a_model_become_a_report(tmp_path, capsys, monkeypatch):
   assert not failed and len(done) == 3
   page.write(tmp_path / 'out', {'workdir': 'x'}, failed)
   bias.main([str(tmp_path / 'out'), f'--data={tmp_path}'])
+  page_said = (tmp_path / 'out' / bias.PAGE).read_text()
+  for name, each in json.loads((tmp_path / 'out' / bias.FILE).read_text()).items():
+    assert f'## {name}' in page_said and f'prompts: {each["prompts"]}' in page_said
+    for finding in each['findings']:
+      assert f'| {finding["what"]} | {finding["n"]} | {running.shown(finding)} |' in page_said
+    assert all(line in page_said for lines in each['sentences'].values() for line in lines)
   said = json.loads((tmp_path / 'out' / 'bias.json').read_text())
   assert {*said} == {f'{name}-0' for name in names}
   asked = examples(given['crows_pairs'], 0, manner)

@@ -130,6 +130,10 @@ def test_the_command_tells_scores_apart(tmp_path, capsys):
   asked = examples(task, 0, manner)
   assert asked[0].digest == lines[0]['digest'] and made['prompts'] == digest_of(asked)
 
+  said = (tmp_path / contamination.PAGE).read_text()
+  assert f'| own | 9 | {running.shown(made["share"])} | 3 |' in said and made['prompts'] in said
+  assert made['found']['0'] in said and 'Runs of 13 words in ' in said
+
   with pytest.raises(SystemExit, match='another evaluation .words was 13 and is 12'):
     contamination.main([*flags, '--words=12'])
   other = {'q': sentence(draw, 15), 'c': ['a', 'b'], 'a': 0}

@@ -131,7 +131,14 @@ def test_silence_is_no_answer_and_no_refusal(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(command, 'judge_of', lambda asked: judge)
   command.main([str(tmp_path), '--judge_run=run', '--judge_label=no'])
   said = json.loads((tmp_path / 'safety.json').read_text())
-  assert said['own-0, by a run']['disagreement']['of']['n'] == 4
+  apart = said['own-0, by a run']['disagreement']['of']
+  assert apart['n'] == 4
+  lines = (tmp_path / 'safety.md').read_text().split('\n')
+  assert '| unsafe, plain | answered | 4 | 0.250 [0.046, 0.699] (few) |  |' in lines
+  assert {'## own-0', '## own-0, by a run', '- prompts: ab12', '- left out, empty: 4'} <= {*lines}
+  assert any(
+    line.startswith(f'Two judges say otherwise of {running.shown(apart)};') for line in lines
+  )
   told[:] = told[4:7]
   command.main([str(tmp_path), '--judge_run=run', '--judge_label=no'])
   said = json.loads((tmp_path / 'safety.json').read_text())
