@@ -1,10 +1,11 @@
 """Is what a model could not read, or did not say, counted beside its score?"""
 
 import dataclasses
+import weakref
 
 import pytest
 
-from evaluation import page
+from evaluation import page, writing
 from evaluation.examples import fitted
 from tests.evaluation.test_label_scores import generator
 from tests.evaluation.test_tasks import ROWS, WRITE, evaluated, lines_of
@@ -50,6 +51,8 @@ def test_prompts_too_long_to_write_behind_are_cut_on_the_left_and_counted(tmp_pa
 def test_a_model_that_writes_nothing_is_counted(tmp_path, monkeypatch):
   """Whatever it writes first, of ASCII, is a stop: every answer is empty, and scored as one."""
   monkeypatch.setattr(generator('llama'), 'vocabulary', 128)
+  # An engine of this vocabulary is nobody else's.
+  monkeypatch.setattr(writing, '_spare', weakref.WeakKeyDictionary())
   kind = dataclasses.replace(WRITE.kind, stops=tuple(map(chr, range(128))))
   task = dataclasses.replace(WRITE, kind=kind)
   (summary,), failed = evaluated(tmp_path, shots=(0,), asked={'write': task})
