@@ -247,7 +247,7 @@ class OfRollouts(OfOwnText):
     """
     del prepared
     said = {f'validation_{name}': float(x) for name, x in self.of_answers(sums).items()}
-    said['validation_failed_rewards'] = float(sums['failed'] / or_one(sums['last']))
+    said['validation_failed_rewards'] = float(sums['failed'] / max(sums['last'], 1))
     return {'validation_loss': -said['validation_reward'], **said}
 
   def score_policy(self, models, batch) -> 'Reading':
