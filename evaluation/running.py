@@ -165,12 +165,12 @@ class TaskFiles:
         f'{CHANGED}'
       )
 
-  def answered(self, asked: Iterable[Item]) -> Iterator[tuple[Line, Item]]:
+  def answered(self, asked: Questions | Sequence[Item]) -> Iterator[tuple[Line, Item]]:
     """Each line with its question. Raises ValueError where they are not of one another."""
     lines = read_lines(self.lines_file)
-    for line, each in itertools.zip_longest(lines, asked):
+    for number, (line, each) in enumerate(itertools.zip_longest(lines, asked)):
       if line is None:
-        raise ValueError('some questions were not answered; ask again')
+        raise ValueError(f'{number} of {len(asked)} questions were answered; ask again')
       self._check_of(line, each)
       yield line, each
 

@@ -226,6 +226,7 @@ import evaluate
 config = Of(objective=Of(kind=sys.argv[1]), data=Of(cache_dir=sys.argv[2]))
 evaluate.CONFIG = evaluate.WORKDIR = evaluate.CHECKPOINT = evaluate.WEIGHTS = Of(value='')
 evaluate.TASKS = evaluate.LM_EVAL = Of(value=[])
+evaluate.SEED = Of(value=0)
 evaluate.overrides.from_flag = lambda _: config
 evaluate.check_objective = lambda *_: None
 evaluate.hosts.cache_compilations = lambda _: None
