@@ -1,6 +1,6 @@
-"""Which cases of costly tests run where? Of a slow test CI runs the first case and the last: of a
-product these differ in everything that it is a product of. Of a test marked `costly` the first
-is fast, and the last slow. `make test-all` runs the others, too.
+"""Which cases of costly tests run where? Of a slow test CI runs the last case, which has the most in
+it where cases are a product. Of a test marked `costly` the first is fast, and the last slow: of a
+product these differ in everything that it is a product of. `make test-all` runs the others, too.
 """
 
 from collections.abc import Iterable
@@ -9,8 +9,8 @@ import pytest
 
 
 def rest_long(items: Iterable[pytest.Item]) -> None:
-  """Marks the last case of every costly test as slow, and the cases between the first and the last
-  one of every costly or slow test as `long`.
+  """Marks the last case of every costly test as slow, and as `long` the cases between its first and
+  its last one, and all but the last one of every slow test.
   """
   costly: dict[str, list[pytest.Item]] = {}
   slow: dict[str, list[pytest.Item]] = {}
@@ -24,7 +24,7 @@ def rest_long(items: Iterable[pytest.Item]) -> None:
       costly.setdefault(test, []).append(item)
 
   for cases in slow.values():
-    mark(cases[1:-1], 'long')
+    mark(cases[:-1], 'long')
   for cases in costly.values():
     mark(cases[1:], 'slow')
     mark(cases[1:-1], 'long')
