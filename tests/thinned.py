@@ -1,6 +1,6 @@
-"""Which cases of costly tests run where? Of a slow test CI runs the last case, which has the most in
-it where cases are a product. Of a test marked `costly` the first is fast, and the last slow: of a
-product these differ in everything that it is a product of. `make test-all` runs the others, too.
+"""Which cases of costly tests run where? Of a slow test CI runs the last case, which has the most
+in it where cases are a product. Of a test marked `costly` the first is fast, and the last slow: of
+a product these differ in everything that it is a product of. `make test-all` runs the others, too.
 """
 
 from collections.abc import Iterable
