@@ -1,7 +1,7 @@
 """How long would a compiled program take? The roofline, and a walk along its schedule.
 
 TPU: XLA operations take their estimated cycles / clock, Pallas kernels what they declare on the
-roofline, our attention and experts their bundles if that is more, collectives what their bytes take
+roofline, ours their bundles if that is more (analysis.declared), collectives what their bytes take
 on the links, less what runs beside them. Against hardware this came within 10% on forward attention
 kernels and was optimistic backward; stalls of memory, throttling and imbalance are not modelled: it
 ranks, it does not certify.
@@ -13,25 +13,20 @@ import collections
 import dataclasses
 import functools
 import re
-from typing import NamedTuple
 
 from jax.sharding import Mesh
 
 from analysis import schedule
+from analysis.declared import attention_seconds, coded_seconds, declared, grouped_seconds
 from analysis.hardware import Chip, peak
 from analysis.hlo import Module
 from analysis.instruction import HOST, Instruction, arrays, dims, nbytes
 from decode.sampling import FILTER
-from kernels import tuning
-from kernels.tuning import TILE
 from model import flops as counts
 
 # Of the peaks, what large products and copies reach
 # on a GPU (H100 SXM: 798 of 989 TFLOP/s, 3.0 of 3.35 TB/s).
 EFFICIENCY = {'compute': 0.8, 'memory': 0.9}
-# Kernels of kernels.flash_tpu, by name.
-ATTENTION = {'flash_forward': 'forward', 'flash_backward': 'backward'}
-GROUPED = 'grouped_(forward|rows|matrices)'  # kernels of kernels.grouped_matmul_tpu
 # cuDNN's attention: products by direction, and the share of an H100's peak that was published for
 # head width 128 and 4k tokens or more: 499 to 539 of 989 TFLOP/s, forward under a causal mask and
 # backward (arXiv:2407.08608, figures 5 and 6).
@@ -88,82 +83,6 @@ class Prediction:
   def exposed_share(self) -> float:
     """Of the time that collectives take, what a chip waits for them; 0 where there are none."""
     return sum(self.exposed.values()) / (sum(self.links.values()) or 1.0)
-
-
-class Cost(NamedTuple):
-  flops: float
-  moved: float  # bytes
-  transcendentals: float
-
-
-def declared(i: Instruction) -> Cost | None:
-  """A kernel's own cost estimate, or None where it declares none; on GPUs it is in the name of its
-  scope (kernels.mosaic_gpu_compat).
-  """
-  cost = re.search(
-    r'"cost_estimate":\{([^}]*)\}|op_name="[^"]*?(flash_\w+ flops=.*?) end', i.attributes
-  )
-  if not cost:
-    return None
-  parts = {
-    name: float(value)
-    for name, value in re.findall(r'(\w+)"?[:=]"?([\d.e+]+)"?', cost[1] or cost[2])
-  }
-  return Cost(
-    parts.get('flops', 0.0), parts.get('bytes_accessed', 0.0), parts.get('transcendentals', 0.0)
-  )
-
-
-def attention_seconds(module: Module, computation: str, i: Instruction, chip: Chip) -> float | None:
-  """What the matrix unit and the softmax of one of our attention kernels take,
-  by the bundles that its tiles have (kernels.tuning).
-
-  It declares an exponential for each pair of a query and a key. None for another kernel. Raises
-  LookupError for one without an entry.
-  """
-  direction = next(
-    (direction for name, direction in ATTENTION.items() if i.name.startswith(name)), None
-  )
-  if direction is None:
-    return None
-
-  if chosen := re.match(r'flash_[a-z]+_(\d+x\d+)', i.name):
-    raise LookupError(
-      f'{direction} attention in chosen steps of {chosen[1]}: no bundles are tabled for them, so '
-      'its FLOPs at the peak'
-    )
-
-  # Queries, keys and values are the first operands of four dimensions, [B, heads, tokens, width].
-  shapes = [dims(module[computation, name].shape) for name in i.operands]
-  queries, keys, values = [shape for shape in shapes if len(shape) > 3][:3]
-  width = max(keys[-1], values[-1])
-  step = next(filter(None, (tuning.lookup(kind, direction, width) for kind in chip.kinds)), None)
-  if step is None or not step.whole:
-    raise LookupError(
-      f'{direction} attention with heads {width} wide: no bundles are tabled for a {chip.name}, so '
-      'its FLOPs at the peak'
-    )
-  cores = min(chip.cores // chip.devices, queries[1])  # cores share the heads
-  # The mask cuts an unknown share of the tiles: they count as half whole and half masked.
-  tiles = declared(i).transcendentals / TILE**2
-  return tiles * (step.whole + step.masked) / 2 / (chip.clock * cores)
-
-
-def grouped_seconds(i: Instruction, chip: Chip) -> float | None:
-  """What the matrix unit takes for the rows that one of the experts' kernels declares, by the
-  bundles of its chunks (kernels.tuning); None for another kernel. Raises LookupError for one
-  without an entry.
-  """
-  kernel = re.search(GROUPED, i.name)  # behind which derivative it is
-  if kernel is None:
-    return None
-  shares = (tuning.grouped_share(kind, kernel[0]) for kind in chip.kinds)
-  share = next(filter(None, shares), None)
-  if share is None:
-    raise LookupError(
-      f'experts: no bundles are tabled for a {chip.name}, so their FLOPs at the peak'
-    )
-  return declared(i).flops / (chip.bfloat16 / chip.devices * share)
 
 
 def cudnn_flops(i: Instruction) -> float | None:
@@ -419,6 +338,10 @@ class _Walk:
       seconds = attention_seconds(self.module, computation, i, self.chip)
       if seconds is not None:
         self._assume('attention kernels: the bundles of their tiles, half of which a mask cuts')
+        return seconds
+      seconds = coded_seconds(self.module, computation, i, self.chip)
+      if seconds is not None:
+        self._assume('products of codes: the bundles that make numbers of them')
         return seconds
       seconds = grouped_seconds(i, self.chip)
     except LookupError as error:

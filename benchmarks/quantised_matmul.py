@@ -1,11 +1,13 @@
 """Is the TPU's product with codes as fast as its memory? Bundles of a step, compiled for TPUs that
 aren't here.
 
-    python -m benchmarks.quantised_matmul [--topologies v5e:1x1,v6e:1x1] [--rows 8] [--json FILE]
+    python -m benchmarks.quantised_matmul [--topologies v5e:1x1,v6e:1x1] [--rows 8] [--write]
+                                          [--json FILE]
 
 A matrix of 4,096 x 4,096 in groups of 128, rows in bfloat16. Beside the time of all steps by their
 bundles (analysis.bundles; stalls are not in it) stands what reading codes and scales takes at the
-peak of the memory: the kernel waits for memory where that is more. Needs libtpu (the extra `plan`).
+peak of the memory: the kernel waits for memory where that is more. --write puts the bundles of a
+number where plan.py looks. Needs libtpu (the extra `plan`).
 """
 
 import json
@@ -15,9 +17,11 @@ import tempfile
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import commands
+import files
 from analysis import aot, bundles, hardware
 from benchmarks import train_step
 
+TOPOLOGIES = 'v5e:1x1,v5p:1x1x1,v6e:1x1,tpu7x:1x1x1'
 SIZE, GROUP = 4096, 128
 BITS = {'int4': GROUP, 'int8': 0}  # inputs that are packed together
 
@@ -30,11 +34,14 @@ def measure(topology: str, rows: int, grid: str) -> dict:
     blocks = bundles.kernels(directory)['quantised_matmul']
   inputs, outputs = sizes(grid)
   body, chip = max(blocks, key=lambda block: block.bundles), hardware.lookup(device.device_kind)
+  clock = chip.clock * (chip.cores // chip.devices)  # of cores, which share the outputs
   stored = SIZE * SIZE // (2 if BITS[grid] else 1) + 4 * SIZE * SIZE // GROUP
   return {
+    'kind': device.device_kind,
     'bundles': body.bundles,
+    'bundles_of_a_number': body.bundles / (inputs * outputs),
     'step': f'{inputs} x {outputs}',
-    'seconds': SIZE // inputs * (SIZE // outputs) * body.bundles / chip.clock,
+    'seconds': SIZE // inputs * (SIZE // outputs) * body.bundles / clock,
     'memory_seconds': stored / chip.hbm_bandwidth * chip.devices,
     'spills': body.uses.get('VSTORE:SPILL', 0.0),
     'temporary_bytes': temporary,
@@ -82,8 +89,9 @@ def compiled(topology: str, rows: int, grid: str):
 
 def main():
   arguments = commands.parser(__doc__)
-  arguments.add_argument('--topologies', default='v5e:1x1,v6e:1x1,tpu7x:1x1x1', help='chips')
+  arguments.add_argument('--topologies', default=TOPOLOGIES, help='chips')
   arguments.add_argument('--rows', type=int, default=8, help='of a product')
+  arguments.add_argument('--write', action='store_true', help='put bundles where plan.py looks')
   arguments.add_argument('--run', help='measure in this process: topology,grid')
   options = arguments.parse_args()
   if options.run:
@@ -101,7 +109,19 @@ def main():
       table.append([topology, grid, found['step'], found['bundles'], *microseconds, spills])
   head = ['chip', 'grid', 'step', 'bundles', 'us by bundles', 'us by memory', 'stores that spill']
   commands.table(f'{options.rows} rows times {SIZE} x {SIZE}, groups of {GROUP}', head, table)
+  if options.write:
+    write(results)
   commands.write_json(options.json, 'quantised_matmul', results)
+
+
+def write(results: dict[str, dict]) -> None:
+  """Bundles of a number into kernels/coded.json, in the place of what it has of these chips."""
+  from kernels import tuning
+
+  table = json.loads(tuning.CODED.read_text()) if tuning.CODED.exists() else {}
+  for name, of in results.items():
+    table.setdefault(of['kind'], {})[name.split()[1]] = float(f'{of["bundles_of_a_number"]:.3g}')
+  files.replace(tuning.CODED, json.dumps(table, indent=1) + '\n')
 
 
 if __name__ == '__main__':

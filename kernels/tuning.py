@@ -1,9 +1,10 @@
-"""How large are the steps of our attention on a TPU, and what do they take? And what share of the
-matrix unit do experts use? Tables, written by `benchmarks.tpu_schedule --tune` and
-`benchmarks.grouped_schedule --write`.
+"""How large are the steps of our attention on a TPU, and what do they take? What share of the
+matrix unit do experts use, and what does it take to make numbers of codes? Tables, written by
+`benchmarks.tpu_schedule --tune`, `benchmarks.grouped_schedule --write` and
+`benchmarks.quantised_matmul --write`.
 
 They were made with a compiler, not on a TPU: final instruction bundles of a tile, 1024 x 1024 pairs
-of a query and a key, and of a chunk of rows (analysis.bundles).
+of a query and a key, of a chunk of rows, and of a step of a product (analysis.bundles).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import pathlib
 TILE = 1024
 TABLE = pathlib.Path(__file__).with_name('tuning.json')
 GROUPED = TABLE.with_name('grouped.json')
+CODED = TABLE.with_name('coded.json')
 VMEM = {
   'TPU v4': 16 << 20,
   'TPU v5 lite': 128 << 20,
@@ -67,3 +69,10 @@ def grouped_share(kind: str, kernel: str) -> float | None:
   """
   shares = json.loads(GROUPED.read_text())['shares'].get(kind, {}) if GROUPED.exists() else {}
   return shares.get(kernel)
+
+
+def coded_bundles(kind: str, grid: str) -> float | None:
+  """Bundles of a step of kernels.quantised_matmul_tpu for each number that it makes of codes, of a
+  few rows; grid: 'int4' or 'int8'. None for an unknown kind.
+  """
+  return json.loads(CODED.read_text()).get(kind, {}).get(grid) if CODED.exists() else None

@@ -109,6 +109,37 @@ def test_experts_take_what_share_of_the_matrix_unit_their_bundles_leave(
   assert words in found.assumptions[0]
 
 
+CODES = """HloModule m, is_scheduled=true
+ENTRY %main (n: s32[2], x: bf16[2,16,1024], w: TYPE[1,512,2048], s: f32[1,8,2048]) -> \
+bf16[2,16,2048] {
+  %n = s32[2]{0} parameter(0)
+  %x = bf16[2,16,1024]{2,1,0} parameter(1)
+  %w = TYPE[1,512,2048]{2,1,0} parameter(2)
+  %s = f32[1,8,2048]{2,1,0} parameter(3)
+  ROOT %quantised_matmul.7 = bf16[2,16,2048]{2,1,0} custom-call(%n, %n, %x, %w, %s), \
+custom_call_target="tpu_custom_call", backend_config={"custom_call_config":\
+{"cost_estimate":{"flops":"1","bytes_accessed":"1000"}}}
+}
+"""
+
+
+@pytest.mark.parametrize('kind, grid, numbers', [('u8', 'int4', 2**21), ('s8', 'int8', 2**20)])
+@pytest.mark.parametrize('bundles', [0.5, None])
+def test_numbers_of_codes_take_their_bundles(topology, kind, grid, numbers, bundles, monkeypatch):
+  """For each of two blocks of rows; at the roofline of what is declared, said, where none are
+  tabled.
+  """
+  asked = []
+  monkeypatch.setattr(tuning, 'coded_bundles', lambda *which: (asked.append(which), bundles)[1])
+  mesh, chip = one(topology, 'v5e:2x2')
+  predicted = roofline.predict(CODES.replace('TYPE', kind), mesh, chip)
+  expected = 2 * numbers * bundles / chip.clock if bundles else 1000 / 819e9
+  assert predicted.kernels == pytest.approx(expected)
+  assert ('TPU v5 lite', grid) in asked
+  words = 'the bundles that make numbers' if bundles else f'products of {grid}: no bundles'
+  assert words in predicted.assumptions[0]
+
+
 CARRIED = """HloModule m, is_scheduled=true
 %condition (state: (s32[], f32[1024], u32[])) -> pred[] {
   %state = (s32[], f32[1024]{0}, u32[]) parameter(0)
