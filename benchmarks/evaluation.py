@@ -2,6 +2,7 @@
 transformers backend; and BERTScore against bert-score.
 
     python -m benchmarks.evaluation [--json FILE]
+    python -m benchmarks.evaluation --stream [--json FILE]
 
 Needs torch, transformers, lm_eval and bert-score: make .venv/installed-oracle.
 
@@ -10,6 +11,9 @@ drawn, with tokenizers that are trained here on the interpreter's library, which
 about. Both sides read the same files, run the same tasks of the harness, and must come to the same
 scores. Each runs in a process of its own, in turn, and does everything twice: the first time
 programs are compiled, too; the second is what a longer evaluation takes.
+
+--stream has another question: does a task of 10,000 questions take more memory than one of 1,000?
+Of a Llama so small that its questions are what counts, by evaluate.py's own path.
 """
 
 import contextlib
@@ -32,6 +36,8 @@ TASKS = {
 }
 CHOICES, ANSWER, WRITTEN = 4, 8, 32  # choices of a question, and tokens of an answer, about
 PAIRS = 256  # of BERTScore
+# Questions of --stream, words of a row, how many characters of these are asked, and of a choice.
+STREAMED, WORDS, SHOWN, LEAST = (1_000, 10_000), 300, 200, 4
 SIDES = {'ours': 'Tandem', 'theirs': 'lm_eval hf'}
 JUDGES = {'ours': 'Tandem', 'theirs': 'bert-score'}
 YAML = {
@@ -213,14 +219,85 @@ def run(side: str, what: str, directory: pathlib.Path) -> dict:
   return {'first': seconds[0], 'again': seconds[1], 'scores': scores}
 
 
+def build_streamed(directory: pathlib.Path) -> None:
+  """Writes a Llama, a tokenizer of bytes, and files of questions. These are alike in length, so
+  that a few programs answer all: what others would take is no memory of questions.
+  """
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  text, draw = [word for word in words() if word.isascii()], random.Random(0)
+  endings = [word[:LEAST] for word in text if len(word) >= LEAST]
+  config = transformers.LlamaConfig(
+    vocab_size=258,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=LENGTH,
+    bos_token_id=0,
+    eos_token_id=1,
+  )
+  transformers.LlamaForCausalLM(config).save_pretrained(directory / 'llama')
+  _tokenizer(text, config.vocab_size).save_pretrained(directory / 'llama')
+  for count in STREAMED:
+    with (directory / f'{count}.jsonl').open('w') as file:
+      for _ in range(count):
+        first = draw.randrange(len(text) - WORDS)
+        asked = ' '.join(text[first : first + WORDS])
+        row = {'text': asked, 'choices': draw.sample(endings, CHOICES), 'truth': 0}
+        file.write(json.dumps(row) + '\n')
+
+
+def stream(count: int, directory: pathlib.Path) -> dict:
+  """Seconds of an evaluation of so many questions of CHOICES choices."""
+  from evaluation import running
+  from evaluation.examples import Manner
+  from evaluation.task import MultipleChoice, Task
+
+  kind = MultipleChoice('choices', 'truth')
+  task = Task(kind, str(directory / f'{count}.jsonl'), prompt=f'{{{{ text[:{SHOWN}] }}}}')
+  asked = {'questions': task}, [0], Manner(), {}
+  output = directory / f'of {count}'
+  output.mkdir()
+  began = time.perf_counter()
+  (summary,), failed = running.evaluate(_ours(directory / 'llama'), *asked, output, lambda _: None)
+  if failed or summary.n != count:
+    raise RuntimeError(f'{summary.n} of {count} questions were answered: {failed}')
+  return {'seconds': time.perf_counter() - began}
+
+
+def show_streamed(to: str | None) -> None:
+  runs, rows = {}, []
+  with tempfile.TemporaryDirectory() as directory:
+    build_streamed(pathlib.Path(directory))
+    for count in STREAMED:
+      flags = ['--count', str(count), '--directory', directory]
+      environment = {'JAX_PLATFORMS': 'cpu'}
+      made = train_step.in_process('benchmarks.evaluation', *flags, environment=environment)
+      runs[count] = made
+      rows.append([f'{count:,}', f'{made["peak_bytes"] / 1e6:,.0f}', count / made['seconds']])
+  commands.table('questions of one task', ['questions', 'peak MB', 'a second'], rows)
+  commands.write_json(to, 'evaluation_stream', {'runs': runs})
+
+
 def main():
   arguments = commands.parser(__doc__)
+  arguments.add_argument('--stream', action='store_true', help='memory by how many questions')
+  arguments.add_argument('--count', type=int, help='of these, so many in this process')
   arguments.add_argument('--side', choices=SIDES, help='run one side in this process')
   arguments.add_argument('--what', choices=[*TASKS, 'BERTScore'], help='of it, this')
   arguments.add_argument('--directory', help='with the files that were built')
   options = arguments.parse_args()
   if options.side:
     print(json.dumps(run(options.side, options.what, pathlib.Path(options.directory))))
+    return
+  if options.count:
+    print(json.dumps(stream(options.count, pathlib.Path(options.directory))))
+    return
+  if options.stream:
+    show_streamed(options.json)
     return
 
   with tempfile.TemporaryDirectory() as directory:

@@ -69,10 +69,10 @@ ATTACKS: dict[str, Callable[[str], str]] = {
 def suffixes(path: str) -> dict[str, Callable[[str], str]]:
   """An attack for each line of a file, which is put behind the prompt."""
   lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
-  found = [line.strip() for line in lines if line.strip()]
-  if not found:
+  texts = [line.strip() for line in lines if line.strip()]
+  if not texts:
     raise ValueError(f'{path} has no line that is not empty; write a suffix in each')
-  return {f'suffix {i}': functools.partial(_behind, x) for i, x in enumerate(found, 1)}
+  return {f'suffix {i}': functools.partial(_behind, x) for i, x in enumerate(texts, 1)}
 
 
 def _behind(suffix: str, prompt: str) -> str:
@@ -83,18 +83,18 @@ def named(given: Sequence[str]) -> dict[str, str]:
   """Attacks of names in ATTACKS and of files of suffixes, JSON-able: {name: the suffix, if it is
   one}. Raises ValueError for what is neither.
   """
-  found: dict[str, str] = {}
+  attacks: dict[str, str] = {}
   for each in given:
     if each in ATTACKS:
-      found[each] = ''
+      attacks[each] = ''
       continue
     if not pathlib.Path(each).is_file():
       known = ', '.join(name for name in ATTACKS if name != PLAIN)
       raise ValueError(f'--attacks={each} is no file of suffixes, and none of {known}')
-    if any(found.values()):
+    if any(attacks.values()):
       raise ValueError(f'--attacks={each} is a second file of suffixes; write all into one')
-    found |= {name: attack.args[0] for name, attack in suffixes(each).items()}
-  return found
+    attacks |= {name: attack.args[0] for name, attack in suffixes(each).items()}
+  return attacks
 
 
 def attacked(

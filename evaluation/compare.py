@@ -229,8 +229,8 @@ def write(
     parts += [f'## {before} → {after}', page.table(HEADERS, _rows(of))]
     parts.append('\n'.join(f'- {line}' for line in _said(of, target)))
   parts.append(LEGEND)
-  compared_ones = {each.task for of in changes.values() for each in of}
-  prompts = {s.name: s.prompts for s in asked[before] if s.name in compared_ones}
+  told = {each.task for of in changes.values() for each in of}
+  prompts = {s.name: s.prompts for s in asked[before] if s.name in told}
   runs = {place: of[0].settings.get('run', {}) for place, of in asked.items()}
   parts += ['## Of what', page.table(['task', 'digest of the prompts'], prompts.items())]
   about = [[place, json.dumps(run)] for place, run in runs.items()]
