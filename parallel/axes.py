@@ -204,29 +204,14 @@ def product(
   formula: str, x: jax.Array, y: jax.Array, axes: tuple[str | None, ...] | None = None
 ) -> jax.Array:
   """jnp.einsum of tokens and a matrix; `einsum` where the result's `axes` are given."""
-  if platform() == 'cpu' and max(_free().values(), default=1) == 1:
-    return _of_matrices(formula, x, y)
+  if on_one_cpu():
+    return names.imported('parallel.one_cpu.product')(formula, x, y)
   return jnp.einsum(formula, x, y) if axes is None else einsum(formula, x, y, axes)
 
 
-def _of_matrices(formula, x, y):
-  """All tokens in one dimension, of one device: where its gradient sums over several, XLA on a CPU
-  first transposes a copy of all tokens, which took a seventh of a step of training.
-  """
-  left, right, result = formula.replace('->', ',').split(',')
-  kept = left.rstrip(right)
-  summed = left.removeprefix(kept)
-  turned = right.endswith(summed)
-  new = right.removesuffix(summed) if turned else right.removeprefix(summed)
-  of_one = summed and (turned or right.startswith(summed)) and kept + new == result
-  if not of_one:  # of several matrices, as of the heads of MLA
-    return jnp.einsum(formula, x, y)
-
-  tokens = x.shape[: -len(summed)]
-  entries = y.shape[: len(new)] if turned else y.shape[len(summed) :]
-  K, M = math.prod(x.shape[-len(summed) :]), math.prod(entries)
-  x, y = x.reshape(math.prod(tokens), K), y.reshape((M, K) if turned else (K, M))
-  return jnp.einsum('NK,MK->NM' if turned else 'NK,KM->NM', x, y).reshape(*tokens, *entries)
+def on_one_cpu() -> bool:
+  """Whether what is computed here is split over no devices, and on a CPU."""
+  return platform() == 'cpu' and max(_free().values(), default=1) == 1
 
 
 def einsum(

@@ -1,9 +1,8 @@
-"""What is a matrix whose outputs lie in front of its inputs? One of bytes, as a CPU multiplies it
-fastest.
+"""What is a matrix whose outputs lie in front of its inputs? One as a CPU multiplies it fastest.
 
-XLA's CPU lays the right side of a product of bytes out anew, whenever it multiplies; the left side
-it reads as it is, if what is summed over comes last. So the weights are the left side. A table of
-embeddings lies so already.
+XLA's CPU lays the right side of a product of few tokens out anew, whenever it multiplies; the left
+side it reads as it is, if what is summed over comes last. So the weights are the left side
+(parallel.one_cpu; of bytes, model.weights.int8). A table of embeddings lies so already.
 """
 
 import dataclasses
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.weights.int8 import Int8
+from model.weights.low_rank import LowRank
+from model.weights.plain import Plain
 from model.weights.weight import Weight
 from parallel import mesh, target
 
@@ -29,18 +30,24 @@ class Turned(Weight):
 
   inner: Any
   inputs: int = dataclasses.field(metadata={'static': True})
-  coded = True
 
   @classmethod
-  def of(cls, weight: Int8) -> 'Turned':
-    """The same matrix of bytes, laid out anew."""
-    inputs, rank = len(weight.summed), len(weight.axes)
-    values, scale = (
-      jnp.moveaxis(x, range(-rank, inputs - rank), range(-inputs, 0))
-      for x in (weight.values, weight.scale)
-    )
+  def of(cls, weight: Int8 | Plain, inputs: int) -> 'Turned':
+    """The same matrix, laid out anew."""
+    rank = len(weight.axes)
     axes = (*weight.axes[inputs:], *weight.axes[:inputs])
-    return cls(Int8(values, scale, tuple(range(-inputs, 0)), axes), inputs)
+
+    def turn(x):
+      return jnp.moveaxis(x, range(-rank, inputs - rank), range(-inputs, 0))
+
+    if isinstance(weight, Plain):
+      return cls(Plain(turn(weight.value), axes), inputs)
+    summed = tuple(range(-inputs, 0))
+    return cls(Int8(turn(weight.values), turn(weight.scale), summed, axes), inputs)
+
+  @property
+  def coded(self):
+    return self.inner.coded
 
   @property
   def axes(self):
@@ -88,17 +95,26 @@ class Turned(Weight):
 
 
 def turned(model):
-  """The model with its matrices of bytes turned, where that is faster: on one CPU. Traced.
+  """The model with its matrices of numbers and of bytes turned, where that is faster: on one CPU.
+  Traced.
 
-  Tables lie so already, and experts, of whom few are read, stay as they are.
+  Tables lie so already, and experts, of whom few are read, stay as they are, as does what is
+  computed with in f32 whatever the compute dtype.
   """
   if mesh.platform() != 'cpu' or not target.alone():
     return model
 
   def turn(p):
     value = p.get_value()
-    if isinstance(value, Int8) and p.kind == 'matrix' and 'experts' not in p.axes:
-      return p.replace(Turned.of(value))
-    return p
+    if p.kind != 'matrix' or p.wide or 'experts' in p.axes:
+      return p
+    if isinstance(value, LowRank):
+      return p.replace(dataclasses.replace(value, base=_turned(value.base, p.inputs)))
+    weight = value if isinstance(value, Weight) else Plain(value, p.axes)
+    return p.replace(_turned(weight, p.inputs))
 
   return jax.tree.map(turn, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _turned(weight: Weight, inputs: int) -> Weight:
+  return Turned.of(weight, inputs) if isinstance(weight, Int8 | Plain) else weight

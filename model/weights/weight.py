@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+import names
 from kernels.grouped_matmul import RowGroups
 from parallel import axes as ax, zero
 
@@ -135,6 +136,9 @@ class Weight(abc.ABC):
   def scores(self, x: Float[Array, '*B D'], bias: Array | None, dtype: str) -> Float[Array, '*B V']:
     """Of hidden states against the table, in f32."""
     x, table = self.scored(x, bias, dtype)
+    if ax.on_one_cpu() and x.dtype == jnp.float32:
+      flat = x.reshape(-1, x.shape[-1])
+      return names.imported('parallel.one_cpu.of_rows')(flat, table).reshape(*x.shape[:-1], -1)
     table = ax.place(table, 'vocab', None)
     return jnp.einsum('...D,VD->...V', x, table, preferred_element_type=jnp.float32)
 

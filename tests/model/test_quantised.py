@@ -9,7 +9,6 @@ import pytest
 
 from model import params, rearranged
 from model.weights.int8 import Int8, in_bytes
-from model.weights.turned import Turned
 from tests.model import laws
 
 BYTES = jax.jit(in_bytes)
@@ -97,28 +96,6 @@ def test_on_meshes(sizes):
       tokens = jax.device_put(laws.tokens_of(config, 2, 12), laws.ax.spec('batch', 'length'))
       outputs.append(np.asarray(laws.forward()(small, tokens)))
   np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5 * np.abs(outputs[0]).max())
-
-
-def test_a_turned_matrix_is_the_same():
-  """What generation on a CPU holds: outputs in front; numbers, pieces and products are those of the
-  matrix, for few rows (whose digits are the same) and for many.
-  """
-  w = jax.random.normal(jax.random.key(0), (6, 2, 4))
-  for summed, formula, rows in (((-3,), 'BD,DNH->BNH', (6,)), ((-3, -2), 'BNH,NHD->BD', (6, 2))):
-    weight = Int8.of(w, summed, ('embed', None, 'heads'))
-    other = Turned.of(weight)
-    assert (other.shape, other.axes) == (weight.shape, weight.axes)
-    assert other.inner.values.shape == (*w.shape[len(summed) :], *w.shape[: len(summed)])
-    few, many = (jax.random.normal(jax.random.key(n), (n, *rows)) for n in (2, 20))
-
-    @jax.jit
-    def everything(y):
-      pieces = [y.cut(axis, 2).numbers('float32') for axis in (-1, -2, -3)]
-      products = [y.product(formula, x, 'float32') for x in (few, many)]
-      return y.numbers('float32'), pieces, products
-
-    for a, b in zip(*(jax.tree.leaves(everything(y)) for y in (other, weight)), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_digits_are_15_bits_of_a_rows_largest_number():
