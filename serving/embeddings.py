@@ -34,7 +34,7 @@ class AskedEmbeddings:
   """A request.
 
   Attributes:
-    model: as it named it. adapter: of that. texts: ids of each.
+    model: as it named it. adapter: of that. texts: ids of each. tokens: of all of them.
   """
 
   def __init__(self, values: dict, service: Service, reader: Reader):
@@ -53,6 +53,7 @@ class AskedEmbeddings:
     self.model = given.get('model', reader.models[0])
     with refusing():
       self.texts = [service.encoded(each) for each in given['input']]
+    self.tokens = sum(map(len, self.texts))
 
   def answer(self, vectors: np.ndarray) -> dict:
     """vectors: [texts, D]. Raises Denied for those that are not finite."""
@@ -60,7 +61,6 @@ class AskedEmbeddings:
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
     if not np.isfinite(vectors).all():
       raise Denied('the model has no finite vector of a text', status=500, code='broken')
-    tokens = sum(map(len, self.texts))
     return {
       'object': 'list',
       'model': self.model,
@@ -68,7 +68,7 @@ class AskedEmbeddings:
         {'object': 'embedding', 'index': i, 'embedding': self._written(vector)}
         for i, vector in enumerate(vectors.astype('<f4'))
       ],
-      'usage': {'prompt_tokens': tokens, 'total_tokens': tokens},
+      'usage': {'prompt_tokens': self.tokens, 'total_tokens': self.tokens},
     }
 
   def _written(self, vector: np.ndarray) -> list[float] | str:

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
 from serving import call as calls, chat, kserve, metrics, wire
+from serving.bodies import json_response
 from serving.call import NotReady, QueueFull
 from serving.embeddings import AskedEmbeddings
 from serving.fields import Denied, parsed
@@ -183,13 +184,13 @@ class Api:
       with refusing():
         vectors = await asyncio.to_thread(service.embed, asked.texts, asked.adapter, state.key)
       async with watched(request.receive, [vectors], state.log):
-        answer = await asyncio.to_thread(asked.answer, await came(vectors, service))
+        made = await came(vectors, service)
+        state.log['prompt_tokens'] = asked.tokens
+        return await json_response(lambda: asked.answer(made))
     except (NotReady, QueueFull) as error:
       raise unserved(error) from error
     except Gone:
       raise Denied('whoever asked has gone', status=GONE) from None
-    state.log['prompt_tokens'] = answer['usage']['prompt_tokens']
-    return JSONResponse(answer)
 
   @property
   def written(self) -> dict[str, Callable[[Scope], Asked]]:

@@ -1,7 +1,8 @@
 """How does what a model writes reach who asked over HTTP? As one answer, or as server-sent events.
 
-Requests are read on other threads, for a long prompt takes time; what comes of them reaches clients
-from the event loop. Who goes away, or does not take what is sent, is not written for any more.
+Requests are read on other threads, and whole answers written there, for a long one takes time; what
+comes of them reaches clients from the event loop. Who goes away, or does not take what is sent, is
+not written for any more.
 """
 
 import asyncio
@@ -11,12 +12,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from decode.scorer import PromptScores
 from serving import call as calls
 from serving.answers import HttpAnswer, failure
+from serving.bodies import json_response
 from serving.call import Event, NotReady, QueueFull
 from serving.fields import Denied
 from serving.guard import GONE, PATIENCE, refusal
@@ -56,8 +57,11 @@ class WrittenEndpoint:
           if asked.stream:
             await self._stream(asked, answer, tickets, scope, receive, _patient(send))
           else:
-            body = await self._whole(answer, tickets)
-            await JSONResponse(shaped(body))(scope, receive, _patient(send))
+            await self._read_all(answer, tickets)
+            if state['log'].get('gone'):
+              raise Gone
+            response = await json_response(lambda: shaped(answer.whole()))
+            await response(scope, receive, _patient(send))
       except (NotReady, QueueFull) as error:
         raise unserved(error) from error
     except Denied as error:
@@ -88,7 +92,7 @@ class WrittenEndpoint:
       message = f'the prompt was not scored within seconds={seconds:g}; give more'
       raise Denied(message, 'seconds', status=408, code=calls.DEADLINE) from None
 
-  async def _whole(self, answer: HttpAnswer, tickets: Sequence[Ticket]) -> dict:
+  async def _read_all(self, answer: HttpAnswer, tickets: Sequence[Ticket]) -> None:
     async with contextlib.aclosing(merged(tickets)) as events:
       async for prompt, event in events:
         self._watching.heard(answer.since(prompt, event), event)
@@ -96,7 +100,6 @@ class WrittenEndpoint:
         for _ in answer.add(prompt, event):
           pass
     _check_served(answer, tickets)
-    return answer.whole()
 
   async def _stream(self, asked, answer, tickets, scope, receive, send) -> None:
     """Pieces, as events of server-sent ones. What goes wrong before the first is an answer like any

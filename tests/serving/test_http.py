@@ -364,7 +364,7 @@ def test_a_drained_call_is_handed_back():
   assert sent[0]['status'] == 503
 
 
-async def ask(served, asked, gone, hear=None):
+async def ask(served, asked, gone, hear=None, path='/v1/completions'):
   """Messages that the app sends to a client, which goes away when `gone` is set. hear:
   takes each.
   """
@@ -382,7 +382,6 @@ async def ask(served, asked, gone, hear=None):
     if hear is not None:
       await hear(message)
 
-  path = '/v1/completions'
   headers = [(b'host', b'x'), (b'content-type', b'application/json')]
   scope = {'type': 'http', 'method': 'POST', 'path': path, 'raw_path': path.encode()}
   scope |= {'query_string': b'', 'headers': headers, 'root_path': '', 'scheme': 'http'}
