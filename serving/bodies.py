@@ -1,5 +1,5 @@
-"""How does an answer become bytes while others are answered? On another thread, and part by part: one
-call of json's encoder keeps Python's lock to its end, and an answer may have a hundred megabytes.
+"""How does an answer become bytes while others are answered? On another thread, and part by part:
+one call of json's encoder keeps Python's lock to its end, and an answer may have 100 MB.
 """
 
 import asyncio

@@ -25,7 +25,7 @@ class Denied(Exception):
 
   Attributes:
     status: of HTTP. param: the field, or None. code: a word for programs, or None.
-    retry_after: seconds after which it may do so, or None.
+    retry_after: seconds after which it may do so, or None. allow: methods that it takes.
   """
 
   def __init__(
@@ -36,9 +36,11 @@ class Denied(Exception):
     status: int = 400,
     code: str | None = None,
     retry_after: float | None = None,
+    allow: str = '',
   ):
     super().__init__(message)
     self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+    self.allow = allow
 
   def body(self) -> dict:
     """As OpenAI's clients read it."""

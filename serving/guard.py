@@ -34,10 +34,15 @@ GONE = 499  # the status in the log of who went before there was an answer; ngin
 # What balancers and clusters ask: without a key, and by an address instead of a name. Nothing of it
 # is a secret.
 PROBES = frozenset({'/health', '/ping', '/v2/health/ready', '/v2/health/live'})
+READING = ('GET', 'HEAD')  # the methods of what anybody may see
 HEADERS = {'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
 # A name or an address, perhaps with a port. What has more, a path for one, is read by some as a
 # part of what is asked for.
 HOST = re.compile(r'(\[[0-9a-f:.]+\]|[\w.-]*)(:[0-9]*)?', re.ASCII | re.IGNORECASE)
+
+
+class Gone(Exception):
+  """Nobody takes what is sent."""
 
 
 class ApiKeys:
@@ -129,7 +134,12 @@ class ServerGuard:
         headers = [(name.lower().encode(), value.encode()) for name, value in more.items()]
         added = [(name, value) for name, value in headers if name not in names]
         message = message | {'headers': [*message['headers'], *added]}
-      await send(message)
+      try:
+        async with asyncio.timeout(PATIENCE):
+          await send(message)
+      except (TimeoutError, OSError) as error:
+        said['status'] = GONE
+        raise Gone from error
 
     # Who is asked whether it is well has to answer, most of all when there is much to do.
     counted = scope['path'] not in PROBES
@@ -142,10 +152,9 @@ class ServerGuard:
       except Denied as error:
         await refusal(error, scope['path'])(scope, receive, answer)
         return
-      except ClientDisconnect:
-        said['status'] = GONE
-        return
       await self._app(scope, receive, answer)
+    except (ClientDisconnect, Gone):
+      said['status'] = GONE
     finally:
       self._now -= counted
       line = {
@@ -163,6 +172,11 @@ class ServerGuard:
   def _check(self, request: Request, state: dict) -> None:
     _check_head(request)
     path = request.scope['path']  # and not that of request.url, which is made of the Host header
+    if path in self._open and request.method not in READING:
+      # A body of those whom nobody knows is not read.
+      raise Denied(
+        f'{request.method} {path}: Method Not Allowed', status=405, allow=', '.join(READING)
+      )
     if path in PROBES:
       return
     if self._now > self._requests:
@@ -241,6 +255,8 @@ def refusal(error: Denied, path: str) -> JSONResponse:
     after = AGAIN
   if after is not None:
     headers['Retry-After'] = str(max(1, round(after)))
+  if error.allow:
+    headers['Allow'] = error.allow
   if error.status == 401:
     headers['WWW-Authenticate'] = 'Bearer'
   if error.status in (408, 413) or error.code == 'framing':

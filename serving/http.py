@@ -18,12 +18,12 @@ from serving.bodies import json_response
 from serving.call import NotReady, QueueFull
 from serving.embeddings import AskedEmbeddings
 from serving.fields import Denied, parsed
-from serving.guard import GONE, ApiKeys, ServerGuard, refusal
+from serving.guard import GONE, ApiKeys, Gone, ServerGuard, refusal
 from serving.pages import HEADERS
 from serving.reader import Reader, refusing
 from serving.service import Service
 from serving.wire import AskedCall, Served
-from serving.written import Asked, Gone, WrittenEndpoint, came, unserved, watched
+from serving.written import Asked, WrittenEndpoint, came, unserved, watched
 
 BODY = 2**20  # bytes of a request, and of each token that a row holds so many more
 BODY_TOKEN = 16
@@ -78,6 +78,7 @@ def app(
   inner = Starlette(
     routes=routes, exception_handlers={HTTPException: _not_found, Exception: _failed}
   )
+  inner.router.redirect_slashes = False  # to an address that is not this one behind a proxy
   return ServerGuard(
     traced(inner),
     hosts=hosts,
@@ -110,8 +111,11 @@ async def _not_found(request: Request, error: HTTPException) -> Response:
   path = request.scope['path']
   if error.status_code == 404:
     return refusal(wire.unsupported_path(path), path)
-  refused = Denied(f'{request.method} {path[:80]}: {error.detail}')
-  refused.status = error.status_code
+  refused = Denied(
+    f'{request.method} {path[:80]}: {error.detail}',
+    status=error.status_code,
+    allow=(error.headers or {}).get('Allow', ''),
+  )
   return refusal(refused, path)
 
 

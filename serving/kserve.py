@@ -128,7 +128,9 @@ def routes(service: Service, reader: Reader) -> dict[str, Callable[[Request], Aw
     return JSONResponse(said, 200 if state == calls.READY else 503)
 
   async def infer(request: Request) -> Response:
-    raise Denied(f'{request.method} {request.scope["path"][:80]}: POST it', status=405)
+    raise Denied(
+      f'{request.method} {request.scope["path"][:80]}: POST it', status=405, allow='POST'
+    )
 
   # The first that fits is asked: a model's own path fits all of them.
   return {'/v2': server, f'{MODEL}/ready': ready, INFER: infer, MODEL: model}

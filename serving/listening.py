@@ -28,6 +28,7 @@ FILES = 256  # open, besides connections
 HEADERS = 30.0  # seconds in which the head of a request has to come
 BEHIND = 2**16  # bytes behind a request, before its answer has ended
 KEPT = 30  # seconds that a connection without a request is kept
+TAKEN = 60.0  # seconds in which something of what waits to be sent has to be taken
 ENDING = 5  # seconds that what is sent has to be taken, when all is written
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL = 0.2
@@ -136,15 +137,21 @@ class _Server(uvicorn.Server):
 
 
 class _Impatient(H11Protocol):
-  """Which closes connections whose request does not come, and hears that a client has gone whatever
-  it has sent behind its request.
+  """Which closes connections whose request does not come, ends those whose peers take nothing of
+  what is sent, and hears that a client has gone whatever it has sent behind its request.
   """
 
-  _late = None
+  _late = _looking = None
+  _unsent = 0  # bytes, when it was last looked at
 
   def connection_made(self, transport) -> None:
     super().connection_made(transport)
     self._late = self.loop.call_later(HEADERS, self._close)
+    self._looking = self.loop.call_later(TAKEN, self._look)
+
+  def resume_writing(self) -> None:
+    self._unsent = 0
+    super().resume_writing()
 
   def data_received(self, data: bytes) -> None:
     super().data_received(data)
@@ -163,7 +170,19 @@ class _Impatient(H11Protocol):
 
   def connection_lost(self, exc) -> None:
     self._forget()
+    self._looking.cancel()
     super().connection_lost(exc)
+
+  def _look(self) -> None:
+    """Closed, a connection is there until all is sent: for ever, where nobody takes it."""
+    unsent = 0
+    if self.flow.write_paused or self.transport.is_closing():  # and nothing more is written to it
+      unsent = self.transport.get_write_buffer_size()
+    if unsent and unsent == self._unsent:
+      self.transport.abort()
+      return
+    self._unsent = unsent
+    self._looking = self.loop.call_later(TAKEN, self._look)
 
   def _forget(self) -> None:
     if self._late is not None:

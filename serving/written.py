@@ -20,7 +20,7 @@ from serving.answers import HttpAnswer, failure
 from serving.bodies import json_response
 from serving.call import Event, NotReady, QueueFull
 from serving.fields import Denied
-from serving.guard import GONE, PATIENCE, refusal
+from serving.guard import GONE, Gone, refusal
 from serving.jobs import JobFailed
 from serving.metrics import Metrics
 from serving.reader import refusing
@@ -55,13 +55,13 @@ class WrittenEndpoint:
         async with watched(receive, [*tickets, *scores], state['log']):
           answer.scores = await self._scored(scores, asked.calls[0].seconds)
           if asked.stream:
-            await self._stream(asked, answer, tickets, scope, receive, _patient(send))
+            await self._stream(asked, answer, tickets, scope, receive, send)
           else:
             await self._read_all(answer, tickets)
             if state['log'].get('gone'):
               raise Gone
             response = await json_response(lambda: shaped(answer.whole()))
-            await response(scope, receive, _patient(send))
+            await response(scope, receive, send)
       except (NotReady, QueueFull) as error:
         raise unserved(error) from error
     except Denied as error:
@@ -160,10 +160,6 @@ async def came(result: Future, service: Service) -> Any:
     raise
 
 
-class Gone(Exception):
-  """Nobody takes what is sent."""
-
-
 def _check(event: Event) -> None:
   """Raises Denied for a sample that has failed."""
   if event.finish == calls.FAILED:
@@ -242,16 +238,3 @@ async def watched(
   finally:
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
-
-
-def _patient(send: Send) -> Send:
-  """The same, which raises Gone where what is sent is not taken in time."""
-
-  async def within(message) -> None:
-    try:
-      async with asyncio.timeout(PATIENCE):
-        await send(message)
-    except (TimeoutError, OSError) as error:
-      raise Gone from error
-
-  return within

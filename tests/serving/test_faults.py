@@ -92,9 +92,30 @@ def test_who_leaves_too_much_unread_is_ended_and_told_so():
   assert '"code":"slow"' in last and 'of at most 64' in last and not sent[-1]['more_body']
 
 
+@pytest.mark.parametrize(
+  'path, body', [('/v1/embeddings', {'input': 'a'}), ('/tokenize', {'prompt': 'a'})]
+)
+def test_nobody_keeps_a_place_by_not_taking_his_answer(monkeypatch, caplog, path, body):
+  """Whatever it is an answer to."""
+  monkeypatch.setattr('serving.guard.PATIENCE', 0.05)
+
+  async def run():
+    async def never(message):
+      await asyncio.Event().wait()
+
+    served = service()
+    with served.by_itself():
+      await asyncio.wait_for(ask(served, body, asyncio.Event(), never, path), 20)
+
+  with caplog.at_level('INFO', 'serving.access'):
+    asyncio.run(run())
+  (line,) = [json.loads(r.message) for r in caplog.records if r.name == 'serving.access']
+  assert line['status'] == 499
+
+
 def test_who_does_not_take_what_is_sent_is_given_up(monkeypatch):
   served = long_service()
-  monkeypatch.setattr('serving.written.PATIENCE', 0.05)
+  monkeypatch.setattr('serving.guard.PATIENCE', 0.05)
 
   async def run():
     async def never(message):

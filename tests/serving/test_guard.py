@@ -51,6 +51,54 @@ def test_what_is_asked_is_not_read_from_the_host(tmp_path, monkeypatch):
       assert status == (200 if 'server' in host.lower() else 421)
 
 
+def test_no_body_is_read_of_whom_nobody_knows(tmp_path):
+  """What is open to all is read, and takes nothing: not even of one who says that he has much."""
+
+  async def run():
+    file = tmp_path / 'keys'
+    file.write_text(f'ann {KEY}\n')
+    made, said = app(service(), Served(name='m'), hosts=['*'], keys=ApiKeys(file)), {}
+
+    async def receive():
+      raise AssertionError('a body was read')
+
+    for path in (*PROBES, '/', '/chat.js'):
+
+      async def send(message, path=path):
+        said.setdefault(path, message)
+
+      headers = [(b'host', b'x'), (b'content-type', b'application/json')]
+      scope = {'type': 'http', 'method': 'POST', 'path': path, 'headers': headers}
+      await made(scope, receive, send)
+    return said
+
+  for path, start in asyncio.run(run()).items():
+    assert start['status'] == 405 and (b'allow', b'GET, HEAD') in start['headers'], path
+
+
+@pytest.mark.parametrize(
+  'method, path, allow',
+  [
+    ('GET', '/v1/completions', 'POST'),
+    ('GET', '/v2/models/m/infer', 'POST'),
+    ('DELETE', '/v1/models', 'GET'),
+    ('POST', '/health', 'GET'),
+  ],
+)
+def test_a_method_that_is_none_hears_which_are(method, path, allow):
+  with TestClient(app(service(), Served(name='m'), hosts=['testserver'])) as one:
+    refused = one.request(method, path)
+    assert refused.status_code == 405 and allow in refused.headers['allow'], refused.headers
+    assert refused.json()['error']
+
+
+def test_a_slash_too_much_is_another_path():
+  """And no redirection to an address that only the server knows, behind a proxy."""
+  with TestClient(app(service(), Served(name='m'), hosts=['testserver'])) as one:
+    refused = one.post('/v1/completions/', json={'prompt': 'x'}, follow_redirects=False)
+    assert refused.status_code == 404 and refused.json()['error']['code'] == 'unknown_url'
+
+
 def test_a_body_is_read_in_time_that_grows_with_it():
   names = ','.join(f'"{i}":1' for i in range(60_000))
   began = time.process_time()

@@ -11,7 +11,7 @@ import time
 import pytest
 import uvicorn
 
-from serving import listening
+from serving import listening, metrics
 from serving.http import app
 from serving.listening import bound, config
 from serving.wire import Served
@@ -21,10 +21,12 @@ HEAD = b'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: appli
 
 
 @contextlib.contextmanager
-def served(one=None):
-  """Where a server listens."""
+def served(one=None, kept=None):
+  """Where a server listens. kept: gets its set of connections."""
   one, opened = one or service(), bound('127.0.0.1', 0)
   server = uvicorn.Server(config(app(one, Served(name='m'), hosts=['127.0.0.1']), one))
+  if kept is not None:
+    kept.append(server.server_state.connections)
   thread = threading.Thread(target=server.run, kwargs={'sockets': [opened]}, daemon=True)
   with one.by_itself():
     opened.listen()
@@ -100,6 +102,53 @@ def test_who_has_gone_is_not_written_for_whatever_came_behind_his_request(behind
     while not one.idle:
       time.sleep(0.001)
   assert one.stats().finished == {'cancelled': 1}
+
+
+def connected_slowly(address):
+  """Whose end takes little that nobody reads."""
+  connection = socket.socket()
+  connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+  connection.connect(address)
+  connection.settimeout(30)
+  return connection
+
+
+LONG = 2**23  # bytes, more than what lies between two ends takes
+
+
+def long_answer(monkeypatch):
+  monkeypatch.setattr(metrics.Metrics, 'text', lambda self: b'x' * LONG)
+
+
+@pytest.mark.parametrize('pipelined', [1, 40])
+def test_who_takes_nothing_keeps_no_connection(monkeypatch, pipelined):
+  """Neither while something is to be sent, nor behind its end, when the connection is closed."""
+  long_answer(monkeypatch)
+  monkeypatch.setattr('serving.guard.PATIENCE', 0.1)
+  monkeypatch.setattr(listening, 'TAKEN', 0.2)
+  monkeypatch.setattr(listening, 'KEPT', 0.1)
+  kept = []
+  with served(kept=kept) as address, connected_slowly(address) as connection:
+    connection.sendall(b'GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n' * pipelined)
+    until = time.monotonic() + 30
+    while not kept[0] and time.monotonic() < until:
+      time.sleep(0.001)
+    while kept[0] and time.monotonic() < until:
+      time.sleep(0.01)
+    assert not kept[0]
+
+
+def test_who_takes_it_slowly_gets_all_of_it(monkeypatch):
+  long_answer(monkeypatch)
+  monkeypatch.setattr(listening, 'TAKEN', 0.5)
+  with served() as address, connected_slowly(address) as connection:
+    connection.sendall(b'GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n')
+    count, began = 0, time.monotonic()
+    while piece := connection.recv(2**16):
+      count += len(piece)
+      if time.monotonic() - began < 1.2:
+        time.sleep(0.02)
+    assert count > LONG
 
 
 @pytest.mark.parametrize(
