@@ -58,7 +58,9 @@ class Generator(LoadedModel):
     from workdir.open import open_run
 
     run = open_run(workdir, checkpoint, mesh, adapters or {}, weights)
-    return cls(run.model, run.tokenizer, run.mesh, weights, run.adapters)
+    made = cls(run.model, run.tokenizer, run.mesh, weights, run.adapters)
+    made.identity = run.identity
+    return made
 
   @staticmethod
   def told(workdir: str | os.PathLike, checkpoint: str = 'last', weights: str = '') -> dict:

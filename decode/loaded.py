@@ -52,7 +52,10 @@ class LoadedModel:
     plain: what stands before rows of the model by itself.
     adapters: the same of each adapter that rows can have, by name.
     report: of the last call that has ended, or None.
+    identity: of its weights, where they are those of a run (workdir.open.Run).
   """
+
+  identity = ''
 
   def __init__(
     self,

@@ -208,8 +208,10 @@ def _check(rows: EngineRows, scores: bool, pooling: str) -> None:
       f'a mesh of {mesh.size} devices, which are those of {len(owners)} of {count} processes; give '
       '--mesh a product of all their devices, or start fewer processes'
     )
-  config = rows.model.model.config
-  hosts.check_same('the model, its sizes or its adapters', repr((config, rows.sizes, mesh.shape)))
+  # Each has read files of its own, and adapters have places in the order in which they were named.
+  model, config = rows.model, rows.model.model.config
+  told = config, model.identity, [*model.adapters], rows.sizes, mesh.shape
+  hosts.check_same('the model, its weights, sizes or adapters', repr(told))
 
 
 class Sent:

@@ -24,7 +24,8 @@ from workdir.checkpoint import Checkpoints
 @dataclasses.dataclass(frozen=True)
 class Run:
   """What a directory held. model: on `mesh`, as it is stored but with the config of one that
-  generates. adapters: of other runs on it, with their configs, by name.
+  generates. adapters: of other runs on it, with their configs, by name. identity: of all weights
+  there are, and how they lie in memory: where it is the same, so are they.
   """
 
   config: configs.Config
@@ -32,6 +33,7 @@ class Run:
   tokenizer: Tokenizer
   mesh: jax.sharding.Mesh
   adapters: Mapping[str, Any]
+  identity: str = ''
 
 
 def open_run(
@@ -66,14 +68,15 @@ def open_run(
       model = adapted(dataclasses.replace(config, model=model_config), checkpoints, step, target)
     else:
       model = checkpoints.model(target, step)
-    beside = {}
+    beside, digests = {}, [checkpoints.reference(step)['digest']]
     if adapters:
       read = names.imported('workdir.adapted.beside')
       beside = read(adapters, files.place(workdir), config, step, weights)
+      digests += [f'{name}={run_of(adapters[name], "last")["digest"]}' for name in adapters]
   check_own(checkpoints.record(step), files.place(workdir))
   tokenizer = tokenizers.load(files.place(workdir) / 'tokenizer')
   tokenizer.generation = generation.read(workdir)
-  return Run(config, model, tokenizer, mesh, beside)
+  return Run(config, model, tokenizer, mesh, beside, ' '.join([*digests, f'weights={weights}']))
 
 
 def step_of(checkpoints: Checkpoints, checkpoint: str) -> int | None:

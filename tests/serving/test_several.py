@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import signal
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from decode.constrain import Constraint
 from decode.sampling import make_sampling
 from decode.sizes import Request
+from serving import several
 from serving.call import EngineLost
 from serving.several import HeardCalls, LeadingRows, Sent
 from tests.test_commands import Process
@@ -202,6 +204,28 @@ def test_a_message_makes_no_other_objects():
 
   with pytest.raises(pickle.UnpicklingError, match='has a posix.system'):
     HeardCalls().unpacked(pickle.dumps(('join', Harm())))
+
+
+def told_by(monkeypatch, identity, adapters):
+  """What a process of two says of its model to the other, who has to say the same."""
+  said = []
+  monkeypatch.setattr(several.hosts, 'count', lambda: 2)
+  monkeypatch.setattr(several.hosts, 'check_same', lambda name, value: said.append(value))
+  devices = np.array([SimpleNamespace(process_index=i) for i in range(2)])
+  mesh = SimpleNamespace(devices=devices, size=2, shape={'tensor': 2})
+  model = SimpleNamespace(config='config')
+  loaded = SimpleNamespace(mesh=mesh, model=model, identity=identity, adapters=adapters)
+  several._check(SimpleNamespace(model=loaded, sizes='sizes'), False, '')
+  return said
+
+
+def test_processes_of_other_weights_or_another_order_of_adapters_are_none_of_a_server(monkeypatch):
+  """Of which each would write a half."""
+  fronts = {'a': 1, 'b': 2}
+  known = told_by(monkeypatch, 'digest weights=', fronts)
+  assert known == told_by(monkeypatch, 'digest weights=', dict(fronts))
+  assert known != told_by(monkeypatch, 'other weights=', fronts)
+  assert known != told_by(monkeypatch, 'digest weights=', dict(reversed(fronts.items())))
 
 
 @pytest.mark.parametrize('error, expected', [(ValueError, ValueError), (OSError, EngineLost)])

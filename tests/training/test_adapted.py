@@ -155,6 +155,9 @@ def test_runs_on_one_base_are_asked_side_by_side(base, lora, tmp_path, capsys):
   for text, name, scores in zip(texts, which, generator.score(texts, adapter=which), strict=True):
     (expected,) = Generator.load(lora if name else base).score(text)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+  other = [Generator.load(base, weights=weights) for weights in ('', 'int8')]
+  identities = [each.identity for each in (generator, *other)]
+  assert all(identities) and len(set(identities)) == 3
   with pytest.raises(ValueError, match="'b': .*base has none .adapter.kind is empty."):
     Generator.load(base, adapters={'b': base})
   with pytest.raises(ValueError, match='lora holds an adapter itself; give the run that it lies'):
