@@ -1,5 +1,5 @@
 """How are constraints made while rows are written? By threads of their own, few at a time, each
-once; what is made is kept for who asks the same.
+once, and of an API key one at a time, in turn; what is made is kept for who asks the same.
 
 A hostile expression costs its own request: its automaton is made within limits of time and memory,
 by another process (decode.automaton), and whatever is beyond what the engine has room for is said.
@@ -8,6 +8,7 @@ by another process (decode.automaton), and whatever is beyond what the engine ha
 import collections
 import concurrent.futures
 import dataclasses
+import importlib.util
 import json
 import threading
 from concurrent.futures import Future
@@ -17,21 +18,21 @@ from decode.automaton import Room
 from decode.constrain import Constraint
 from decode.engine import Sizes
 from serving.call import Call, Limits
-from serving.queue import check_places
+from serving.queue import Queue, Waiting, check_places
 
 THREADS = 2
 
 
-@dataclasses.dataclass(eq=False)
-class _Making:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Making(Waiting):
   """A constraint that is being made, or is.
 
   Attributes:
-    key: of whom it was asked for first. made: what comes of it.
-    waiting: how many wait for it. nbytes: of its tables.
+    key: of whom it was asked for first. asked: 'regex' or 'schema', and its text.
+    made: what comes of it. waiting: how many wait for it. nbytes: of its tables.
   """
 
-  key: str
+  asked: tuple[str, str]
   made: Future = dataclasses.field(default_factory=Future)
   waiting: int = 1
   nbytes: int = 0
@@ -51,6 +52,9 @@ class Constraints:
     self._room = Room(sizes.states - 1, sizes.classes - 1)
     self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, 'constraint')
     self._kept: collections.OrderedDict[tuple, _Making] = collections.OrderedDict()
+    self._queue = Queue(limits.patience)
+    self._busy: list[str] = []  # keys of those that are being made
+    self._able = importlib.util.find_spec('outlines_core') is not None
     self._closed = False
     self._lock = threading.Lock()
 
@@ -59,12 +63,18 @@ class Constraints:
     is wrong with it is the future's ValueError. Who does not want it any more cancels the future:
     what nobody wants is not made.
 
-    Raises ValueError for one that is too long, and QueueFull where as many are being made as may.
+    Raises ValueError for one that is too long, and where none can be made, and QueueFull where as
+    many are being made as may.
     """
     if call.regex is None and call.schema is None:
       return None
     what = 'regex' if call.schema is None else 'schema'
     text = call.regex if call.schema is None else call.schema
+    if not self._able:
+      raise ValueError(
+        f'{what}: this server keeps no text to anything, for it has no outlines-core: pip install '
+        'outlines-core (the extra tandem[serve])'
+      )
     if not isinstance(text, str):
       text = json.dumps(text)  # in its own order: properties are written in it
     if len(text) > self._limits.constraint:
@@ -83,16 +93,41 @@ class Constraints:
         making.waiting += 1
     return self._waiting_for(making)
 
-  def _begun(self, what: tuple[str, str], key: str) -> _Making:
+  def _begun(self, asked: tuple[str, str], key: str) -> _Making:
     making = [each.key for each in self._kept.values() if not each.made.done()]
     most = self._limits.constraints
     check_places(key, 1, collections.Counter(making), most, 'constraints are being made', 1.0)
-    begun = _Making(key)
-    begun.made = self._threads.submit(self._make, *what, begun)
-    self._kept[what] = begun
-    self._kept.move_to_end(what)
+    begun = _Making(key, 0, 0.0, asked=asked)
+    self._queue.add(begun)
+    self._threads.submit(self._work)
+    self._kept[asked] = begun
+    self._kept.move_to_end(asked)
     self._forget()
     return begun
+
+  def _work(self) -> None:
+    """Makes one after another, as long as there is one whose turn it may be."""
+    while (making := self._next()) is not None:
+      try:
+        if making.made.set_running_or_notify_cancel():
+          making.made.set_result(self._make(making))
+      except Exception as error:
+        making.made.set_exception(error)
+      finally:
+        with self._lock:
+          self._busy.remove(making.key)
+
+  def _next(self) -> _Making | None:
+    with self._lock:
+      for making in self._queue:
+        if making.made.cancelled():
+          self._queue.remove(making)
+      # Those without keys are nobody's in particular.
+      making = self._queue.next(0.0, lambda each: not each.key or each.key not in self._busy)
+      if making is not None:
+        self._queue.turn(making)
+        self._busy.append(making.key)
+      return making
 
   def _waiting_for(self, making: _Making) -> Future:
     """A future of its own, for one of several who ask may cancel it."""
@@ -123,6 +158,10 @@ class Constraints:
   def close(self) -> None:
     """No more are made, and what is being made ends."""
     self._closed = True
+    with self._lock:
+      waiting = [*self._queue]
+    for making in waiting:
+      making.made.cancel()
     self._threads.shutdown(wait=False, cancel_futures=True)
 
   def _forget(self) -> None:
@@ -135,7 +174,9 @@ class Constraints:
         left.remove(making)
         del self._kept[what]
 
-  def _make(self, what: str, text: str, making: _Making) -> Constraint:
+  def _make(self, making: _Making) -> Constraint:
+    what, text = making.asked
+
     def wanted() -> bool:
       return making.waiting > 0 and not self._closed
 
@@ -147,8 +188,8 @@ class Constraints:
       refused = str(error)
     except Exception:
       with self._lock:  # who asks again may have more luck
-        if self._kept.get((what, text)) is making:
-          del self._kept[what, text]
+        if self._kept.get(making.asked) is making:
+          del self._kept[making.asked]
       raise
     # It is kept for who asks the same, with its traceback, which has to have no tables in it.
     raise ValueError(refused)

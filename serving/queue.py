@@ -79,13 +79,15 @@ class Queue:
 def check_places(
   key: str, count: int, waiting: Mapping[str, int], most: int, what: str, retry_after: float
 ) -> None:
-  """Raises QueueFull where no more of this key may wait.
+  """Raises QueueFull where no more of this key may wait, and ValueError where so many never may.
 
   A key that has some waiting gets half of what others leave, at most. So there are places for who
   comes later, whatever another has asked for; without keys ('') all are anybody's.
 
   waiting: how many of each key do. what: they are, and do.
   """
+  if count > most:
+    raise ValueError(f'{count} samples, of at most {most} that may wait; ask for fewer at a time')
   total, mine = sum(waiting.values()), waiting.get(key, 0)
   share, of_key = most - total + mine, ''
   if key and mine:

@@ -148,7 +148,8 @@ class Reader:
       self._check_scores('prompt_logprobs', 'prompt_logprobs', scores)
       if given.get('stream'):
         raise Denied('prompt_logprobs with stream; leave out one', 'prompt_logprobs')
-    rows, limit = options['num_samples'] * len(prompts), self._service.limits.samples
+    limits, rows = self._service.limits, options['num_samples'] * len(prompts)
+    limit = min(limits.samples, limits.waiting)
     if len(prompts) > 1 and rows > limit:
       raise Denied(
         f'{len(prompts)} prompts with n={options["num_samples"]} are {rows} texts, of at most '

@@ -5,23 +5,16 @@ breaks? Is no row lost or freed twice, is every bound kept, and does cancelling 
 import asyncio
 import concurrent.futures
 import dataclasses
-import gc
 import itertools
-import queue
-import threading
-import weakref
 
 import hypothesis
-import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from data.tokenizers import ByteTokenizer
-from decode import automaton
-from decode.constrain import Constraint
 from decode.options import Options
-from serving import call as calls, constraints
+from serving import call as calls
 from serving.call import Call, Limits, NotReady, QueueFull
 from serving.fake import SIZES, FakeService
 
@@ -424,120 +417,3 @@ Anything.TestCase.settings = hypothesis.settings(
   max_examples=40, stateful_step_count=40, deadline=None
 )
 TestAnything = Anything.TestCase
-
-
-class Making:
-  """In the place of a Constraint: it goes on until it is let go, or nobody wants it."""
-
-  def __init__(self, monkeypatch, nbytes=64):
-    self.go, self.begun, self.asked, self.nbytes = threading.Event(), queue.Queue(), [], nbytes
-    monkeypatch.setattr(constraints, 'Constraint', self.made)
-    monkeypatch.setattr(constraints, 'THREADS', 1)
-
-  def made(self, tokenizer, *, regex, room, wanted):
-    self.asked.append(regex)
-    self.begun.put(regex)
-    while not self.go.wait(0.001):
-      if not wanted():
-        raise automaton.Unwanted
-    table = np.zeros(self.nbytes, np.int8)
-    made = Constraint.__new__(Constraint)
-    made.regex, made.next, made.classes = regex, table, table[:0]
-    return made
-
-
-def test_what_nobody_waits_for_is_not_made(monkeypatch):
-  making = Making(monkeypatch)
-  served = service()
-  tickets = [served.submit(call(regex=regex)) for regex in ('a', 'b', 'b')]
-  futures = [each.made for each in served._constraints._kept.values()]
-  assert making.begun.get(timeout=60) == 'a'
-  tickets[1].cancel()
-  served.step()
-  assert not any(future.done() for future in futures)  # the third waits for it still
-  tickets[2].cancel()
-  tickets[0].cancel()
-  served.step()
-  assert futures[1].cancelled() and isinstance(futures[0].exception(60), automaton.Unwanted)
-  again = served.submit(call(regex='b'))
-  assert making.begun.get(timeout=60) == 'b' and making.asked == ['a', 'b']
-  making.go.set()
-  concurrent.futures.wait([each.made for each in served._constraints._kept.values()], 60)
-  served.run()
-  assert again.done and served.stats().finished == {'cancelled': 3, 'stop': 1}
-
-
-def test_a_server_that_ends_makes_nothing_more(monkeypatch):
-  making = Making(monkeypatch)
-  served = service()
-  served.submit(call(regex='a'))
-  (begun,) = served._constraints._kept.values()
-  assert making.begun.get(timeout=60) == 'a'
-  served.close()
-  assert isinstance(begun.made.exception(60), automaton.Unwanted)
-
-
-def test_nothing_is_made_for_whom_there_is_no_place(monkeypatch):
-  making = Making(monkeypatch)
-  served = service(waiting=4, constraints=4)
-  with pytest.raises(QueueFull):
-    served.submit(call(regex='a', options=dict(num_samples=5)))
-  assert not served._constraints._kept and not making.asked
-  served.submit(call(regex='a', key='one'))
-  served.submit(call(regex='b', key='one'))
-  with pytest.raises(QueueFull, match='2 constraints are being made, of at most 4 .2 of this API'):
-    served._constraints.made(call(regex='c', key='one'))
-  served.submit(call(regex='c', key='other'))
-  served.close()
-
-
-def test_tables_that_are_kept_are_bounded(monkeypatch):
-  making = Making(monkeypatch, nbytes=60)
-  making.go.set()
-  served = service(kept_bytes=100)
-  for regex in 'abcb':
-    served._constraints.made(call(regex=regex)).result(60)
-  assert making.asked == ['a', 'b', 'c']
-  served._constraints.made(call(regex='a')).result(60)
-  assert making.asked == ['a', 'b', 'c', 'a'] and len(served._constraints._kept) == 2
-
-
-@pytest.mark.slow
-def test_a_refused_constraint_is_kept_without_its_tables(monkeypatch):
-  tables = []
-
-  class Large:
-    def __init__(self, tokenizer, **given):
-      self.next = np.zeros((SIZES.states, 2), np.int8)
-      tables.append(weakref.ref(self))
-      raise ValueError('takes 4096 states and tells 2 classes of tokens apart')
-
-  monkeypatch.setattr(constraints, 'Constraint', Large)
-  served = service()
-  made = served._constraints.made(call(regex='a'))
-  with pytest.raises(ValueError, match='states and tells 2 classes'):
-    made.result(5)
-  with pytest.raises(ValueError, match='states and tells 2 classes'):
-    served._constraints.made(call(regex='a')).result(0)
-  assert len(tables) == 1
-  gc.collect()
-  assert tables[0]() is None
-
-
-def test_a_constraint_that_could_not_be_made_is_made_anew_and_is_no_fault_of_who_asks(monkeypatch):
-  def broken(tokenizer, **given):
-    raise RuntimeError('a secret of this machine')
-
-  monkeypatch.setattr(constraints, 'Constraint', broken)
-  served = service()
-  first = served._constraints.made(call(regex='a'))
-  with pytest.raises(RuntimeError):
-    first.result(5)
-  again = served._constraints.made(call(regex='a'))
-  assert again is not first
-  ticket = served.submit(call(regex='b'))
-  while not ticket.done:
-    served.step()
-  (event,) = events(ticket)
-  assert event.error.kind == calls.BROKEN and 'RuntimeError' in event.error.message
-  assert 'secret' not in event.error.message
