@@ -116,13 +116,17 @@ class Row:
     tokenizer: Tokenizer,
     ends: Sequence[int],
     bound: Bound,
+    alternatives: int | None = None,
   ):
-    """stops: texts that end the row, without being part of it. ends: ids that do, and are."""
+    """stops: texts that end the row, without being part of it. ends: ids that do, and are.
+    alternatives: of each token, that are kept; None: all that there are in chunks.
+    """
     self._prompt = prompt
     self._prompt_ids = prompt_ids
     self._seed = seed
     self._ends = ends
     self._bound = bound
+    self._kept = alternatives
     self.most = bound.most
     self._stream = TextStream(tokenizer, stops)
 
@@ -186,9 +190,9 @@ class Row:
     """Log-probabilities at these places of the chunk, and what became of its drafts."""
     self._raw += chunk.raw[index, places].tolist()
     self._processed += chunk.processed[index, places].tolist()
-    if chunk.alternatives.shape[2]:
-      likeliest = chunk.alternatives[index, places].tolist()
-      values = chunk.alternatives_raw[index, places].tolist()
+    if chunk.alternatives.shape[2] and self._kept != 0:
+      likeliest = chunk.alternatives[index, places, : self._kept].tolist()
+      values = chunk.alternatives_raw[index, places, : self._kept].tolist()
       self._alternatives += [list(zip(*pair)) for pair in zip(likeliest, values)]
     if chunk.drafted is not None:
       self.drafted += int(chunk.drafted[index])

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 
+from data import generation
 from data.tokenizer import Tokenizer
 from decode.scorer import PromptScores
 from serving import call as calls
@@ -21,6 +22,7 @@ from serving.ticket import Ticket
 from serving.wire import AskedCall
 
 LEAST = -9999.0  # stands for what JSON has no number for
+ScoredToken = tuple[int, float, Sequence[tuple[int, float]]]
 
 
 @dataclasses.dataclass
@@ -30,6 +32,8 @@ class AnsweredChoice:
   Attributes:
     text: of a chat only what is for who asked; beside it reasoning, and calls of tools. parted:
       tells them apart, where it has to be done.
+    tokens: of an answer that does not stream, (id, log-probability, alternatives) of each: what is
+      said of them is made at the end, for it takes many times the memory.
     offset: characters of all its tokens, behind the prompt where that is echoed.
     begun: whether anything was said of it. at: when its last tokens came.
   """
@@ -39,7 +43,7 @@ class AnsweredChoice:
   reasoning: str = ''
   called: list[dict] = dataclasses.field(default_factory=list)
   ids: list[int] = dataclasses.field(default_factory=list)
-  logprobs: list[dict] = dataclasses.field(default_factory=list)
+  tokens: list[ScoredToken] = dataclasses.field(default_factory=list)
   last: Event | None = None
   offset: int = 0
   begun: bool = False
@@ -62,6 +66,7 @@ class HttpAnswer:
     self._created = int(time.time())
     self.scores: list[PromptScores] = []
     self._names = {i: name for name, i in tokenizer.control_ids().items()}
+    self._ends = generation.ends(tokenizer)
     self._choices: dict[int, AnsweredChoice] = {}
     for p, ticket in enumerate(tickets):
       for sample in ticket.call.samples:
@@ -86,7 +91,7 @@ class HttpAnswer:
     """Takes an event of a prompt; the pieces that say it to a client that streams."""
     index = self.index(prompt, event.sample)
     choice = self._choices[index]
-    logprobs = self._logprobs(choice, event) if self._asked.logprobs >= 0 else None
+    tokens = scored(event) if self._asked.logprobs >= 0 else []
     choice.ids += event.ids
     said = ChatParts(content=event.text)
     if choice.parted is not None:
@@ -98,8 +103,9 @@ class HttpAnswer:
     if event.finish:
       choice.last = event
     if not self._asked.stream:
-      choice.logprobs += logprobs or []
+      choice.tokens += tokens
       return
+    logprobs = self._logprobs(choice, tokens) if self._asked.logprobs >= 0 else None
     if not choice.begun:
       choice.begun = True
       yield from self._opening(prompt, index)
@@ -209,7 +215,7 @@ class HttpAnswer:
       said['text'] = self._echoed(prompt) + choice.text
       if self._asked.prompt_logprobs >= 0:
         said['prompt_logprobs'] = self._prompt_logprobs(prompt)
-    tokens = self._echoed_logprobs(prompt) + choice.logprobs
+    tokens = self._echoed_logprobs(prompt) + self._logprobs(choice, choice.tokens)
     said['logprobs'] = None if self._asked.logprobs < 0 else self._shaped(tokens)
     said |= self._end(choice.last, choice.called)
     if self._asked.ids:
@@ -221,12 +227,13 @@ class HttpAnswer:
 
   def _end(self, event: Event, called: Sequence) -> dict:
     """finish_reason, and what else is known of it. OpenAI has a word for two ends; of the others
-    stop_reason says which it was.
+    stop_reason says which it was, and of a stop which: none, where the model has ended by itself.
     """
     if not event.finish:
       return {'finish_reason': None}
     if event.finish == calls.STOPPED:
-      said = {'finish_reason': 'stop', 'stop_reason': event.stopped_by}
+      own = event.stopped_by in self._ends and not self._asked.calls[0].ignore_end
+      said = {'finish_reason': 'stop', 'stop_reason': None if own else event.stopped_by}
     elif event.finish == calls.LENGTH:
       said = {'finish_reason': 'length', 'stop_reason': None}
     else:
@@ -235,11 +242,10 @@ class HttpAnswer:
       said['finish_reason'] = 'tool_calls'
     return said | ({'note': event.note} if event.note else {})
 
-  def _logprobs(self, choice: AnsweredChoice, event: Event) -> list[dict]:
-    """Of each token what is known of it."""
+  def _logprobs(self, choice: AnsweredChoice, tokens: Sequence[ScoredToken]) -> list[dict]:
+    """Of each token, behind those before, what is known of it."""
     said = []
-    others = event.alternatives or ((),) * len(event.ids)
-    for i, value, likeliest in zip(event.ids, event.logprobs, others, strict=True):
+    for i, value, likeliest in tokens:
       one = self._token(i, value) | {'offset': choice.offset}
       # Characters are counted where they begin; those of a half one when it is whole.
       choice.offset += len(choice.decoder.decode(self._tokenizer.decode_bytes([i])))
@@ -289,14 +295,15 @@ class HttpAnswer:
     return {
       'tokens': [_name(each) for each in tokens],
       'token_logprobs': [each['logprob'] for each in tokens],
-      'top_logprobs': [
-        each['top_logprobs'] and {_name(other): other['logprob'] for other in each['top_logprobs']}
-        for each in tokens
-      ]
-      if self._asked.logprobs
-      else None,
+      'top_logprobs': [*map(_likeliest, tokens)] if self._asked.logprobs else None,
       'text_offset': [each['offset'] for each in tokens],
     }
+
+
+def scored(event: Event) -> list[ScoredToken]:
+  """The tokens of an event."""
+  others = event.alternatives or ((),) * len(event.ids)
+  return [*zip(event.ids, event.logprobs, others, strict=True)]
 
 
 def _name(token: dict) -> str:
@@ -306,6 +313,15 @@ def _name(token: dict) -> str:
   except UnicodeDecodeError:
     return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in token['bytes'])
   return token['token']
+
+
+def _likeliest(token: dict) -> dict[str, float] | None:
+  """Of a token in a completion's answer, its alternatives by their names, and itself."""
+  if token['top_logprobs'] is None:
+    return None
+  values = {_name(other): other['logprob'] for other in token['top_logprobs']}
+  values.setdefault(_name(token), token['logprob'])
+  return values
 
 
 def failure(event: Event) -> Denied:

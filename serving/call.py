@@ -164,7 +164,8 @@ class Limits:
     samples: of one call. stops: texts and ids of one call. stop_length: characters of a stop text.
     constraint: characters of a regex or schema. constraints: that are being made at a time, and
       waiting to be, at most. kept, kept_bytes: constraints that are kept for others.
-    unread: tokens of a call that its reader leaves unread, at most; beyond them it has failed.
+    unread: tokens of a call, and alternatives of them, that its reader leaves unread, at most;
+      beyond them it has failed.
     patience: seconds after which whoever waits goes before all priorities.
     gap_ms: how long a row that writes waits for its next tokens, about, at most.
   """

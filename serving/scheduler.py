@@ -418,8 +418,8 @@ class Scheduler:
 
   def _end_slow(self, ticket: Ticket) -> None:
     message = (
-      f'{ticket.unread} tokens were left unread, of at most {self._limits.unread}; read faster, or '
-      'ask for fewer at a time'
+      f'{ticket.unread} tokens and alternatives of tokens were left unread, of at most '
+      f'{self._limits.unread}; read faster, or ask for fewer at a time'
     )
     self.cancel(ticket, FAILED, Failure(kind=calls.SLOW, message=message))
 
@@ -432,9 +432,7 @@ class Scheduler:
       text=piece,
       logprobs=tuple(raw),
       processed=tuple(processed),
-      alternatives=tuple(tuple(each[: sample.alternatives]) for each in likeliest)
-      if sample.alternatives
-      else (),
+      alternatives=tuple(map(tuple, likeliest)),
       at=self._clock(),
       **end,
     )

@@ -50,7 +50,7 @@ class Ticket:
 
   @property
   def unread(self) -> int:
-    """Tokens that nobody has taken so far."""
+    """Tokens, and alternatives of tokens, that nobody has taken so far."""
     return self._unread
 
   def cancel(self) -> None:
@@ -71,7 +71,7 @@ class Ticket:
         self._left.remove(event.sample)
         if not self._left:
           self.times.ended = event.at
-      self._unread += len(event.ids)
+      self._unread += _size(event)
       self._events.append(event)
       self._lock.notify_all()
       wake = self._wake
@@ -83,7 +83,7 @@ class Ticket:
     if not self._events:
       return None
     event = self._events.popleft()
-    self._unread -= len(event.ids)
+    self._unread -= _size(event)
     return event
 
   def next(self, timeout: float | None = None) -> Event | None:
@@ -127,3 +127,8 @@ class Ticket:
       self._wake = None
       if not self.done:
         self.cancel()
+
+
+def _size(event: Event) -> int:
+  """Tokens, and alternatives of tokens: of either it is these that take memory."""
+  return len(event.ids) + sum(map(len, event.alternatives))

@@ -10,13 +10,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from data.tokenizers import ByteTokenizer
-from decode.request import FAILED
 from serving import call as calls
 from serving.call import Limits
 from serving.fake import SIZES, FakeService
 from serving.guard import ApiKeys
 from serving.http import app
-from serving.metrics import TABLE
 from serving.wire import Served
 
 TEXT = 'one “two” <script>\u2028 é 🙂 end'
@@ -127,7 +125,7 @@ def test_an_answer_has_the_form_of_openais(client):
   answer = client.post('/v1/completions', json=ASKED[6][1]).json()
   logprobs = answer['choices'][0]['logprobs']
   assert logprobs['text_offset'][:6] == [0, 1, 2, 3, 4, 4]  # the quote has three bytes
-  assert logprobs['tokens'][4] == 'bytes:\\xe2' and len(logprobs['top_logprobs'][0]) == 3
+  assert logprobs['tokens'][4] == 'bytes:\\xe2' and len(logprobs['top_logprobs'][0]) == 4
   assert answer['choices'][0]['prompt_token_ids'] == [5, 6, 7]
 
 
@@ -139,7 +137,7 @@ def test_prompts_are_scored_where_that_is_asked_for():
     whole = one.post('/v1/completions', json=asked).json()['choices']
     assert whole[0]['logprobs']['token_logprobs'] == [None, -5 / 8, -9 / 8, -0.5, -0.5]
     assert whole[0]['logprobs']['top_logprobs'][0] is None
-    assert [*whole[0]['logprobs']['top_logprobs'][1].values()] == [0.0, -1 / 8]
+    assert [*whole[0]['logprobs']['top_logprobs'][1].values()] == [0.0, -1 / 8, -5 / 8]
     assert whole[1]['logprobs']['token_logprobs'] == [None, -0.5, -0.5]
     offsets, text = whole[0]['logprobs']['text_offset'], whole[0]['text']
     assert text == TOKENIZER.decode([1, 5, 9, 70]) and offsets[-1] == len(text)
@@ -338,7 +336,12 @@ def test_a_full_queue_and_a_server_that_starts_or_stops_say_when_to_come_again()
   served = service(rows=1, waiting=2)
   with TestClient(app(served, Served(name='m'), hosts=['*'])) as one:
     served._embedder = broken_embedder  # of an engine that is not there
-    full = one.post('/v1/completions', json=COMPLETION | {'n': 3})
+    for asked in ({'n': 3}, {'prompt': ['a', 'b', 'c']}):  # for which there is never a place
+      refused = one.post('/v1/completions', json=COMPLETION | asked)
+      assert refused.status_code == 400 and 'of at most 2' in refused.text, refused.text
+    assert served.idle
+    served.submit(calls.Call(prompt='a'))
+    full = one.post('/v1/completions', json=COMPLETION | {'n': 2})
     assert full.status_code == 429 and int(full.headers['retry-after']) >= 1
     assert full.json()['error']['type'] == 'rate_limit_error'
     for state in (calls.STARTING, calls.DRAINING, calls.FAILED):
@@ -454,31 +457,6 @@ def test_prompts_are_in_no_log(client, caplog):
   assert [line['status'] for line in lines] == [200, 400]
   assert lines[0]['completion_tokens'] and lines[0]['path'] == '/v1/completions'
   assert 'secret' not in caplog.text
-
-
-def test_metrics_are_those_of_the_table(client):
-  from prometheus_client.parser import text_string_to_metric_families
-
-  client.post('/v1/completions', json=COMPLETION)
-  found = {f.name: f for f in text_string_to_metric_families(client.get('/metrics').text)}
-  names = {name for name in found if not name.endswith('_created')}
-  short = {name: name.removesuffix('_total') for name in TABLE}  # as the parser has them
-  assert set(short.values()) == names
-  assert all(found[short[name]].type == kind for name, (kind, *_) in TABLE.items())
-  (tokens,) = found['tandem_generation_tokens'].samples
-  assert tokens.value == client.served.stats().generated_tokens > 0
-  # What failed is among errors, by its kind.
-  stats = {k: n for k, n in client.served.stats().finished.items() if k != FAILED}
-  said = {s.labels['finished_reason']: s.value for s in found['tandem_request_success'].samples}
-  assert said == stats
-
-
-def test_a_first_token_that_took_long_is_in_a_bucket():
-  """One behind a queue of minutes, too; of gaps between tokens the short ones are told apart."""
-  buckets = {name: ends for name, (_, _, _, *each) in TABLE.items() for ends in each}
-  first = buckets['tandem_time_to_first_token_seconds']
-  assert first[0] <= 0.001 and first[-1] >= 600 and list(first) == sorted(set(first))
-  assert {name for name, (kind, *_) in TABLE.items() if kind == 'histogram'} == set(buckets)
 
 
 SAID = {'role': 'assistant', 'content': None, 'refusal': None}
