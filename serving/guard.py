@@ -15,7 +15,7 @@ import pathlib
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -28,14 +28,16 @@ access = logging.getLogger('serving.access')
 log = logging.getLogger(__name__)
 
 LEAST_KEY = 16  # characters
-PATIENCE = 60.0  # seconds in which a body has to come, and a piece of an answer has to be taken
+TRANSFER_SECONDS = (
+  60.0  # seconds in which a body has to come, and a piece of an answer has to be taken
+)
 AGAIN = 5.0  # seconds after which who was not served may try again
 GONE = 499  # the status in the log of who went before there was an answer; nginx's word
 # What balancers and clusters ask: without a key, and by an address instead of a name. Nothing of it
 # is a secret.
 PROBES = frozenset({'/health', '/ping', '/v2/health/ready', '/v2/health/live'})
 READING = ('GET', 'HEAD')  # the methods of what anybody may see
-HEADERS = {'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
+OF_ALL_ANSWERS = {'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
 # A name or an address, perhaps with a port. What has more, a path for one, is read by some as a
 # part of what is asked for.
 HOST = re.compile(r'(\[[0-9a-f:.]+\]|[\w.-]*)(:[0-9]*)?', re.ASCII | re.IGNORECASE)
@@ -106,11 +108,13 @@ class ServerGuard:
     pages: Sequence[str] = (),
     requests: int = 512,
     log_prompts: bool = False,
+    answered: Callable[[int], None] = lambda status: None,
   ):
     """hosts: names that it may be called by; '*' is any. body: bytes of one. pages: paths that
     anybody may see. requests: that are answered at a time, besides PROBES. log_prompts: whether
-    lines have what is asked and written, too.
+    lines have what is asked and written, too. answered: hears the status of every answer.
     """
+    self._answered = answered
     self._requests, self._now = requests, 0
     self._log_prompts = log_prompts
     self._app, self._keys, self._body = app, keys, body
@@ -130,12 +134,12 @@ class ServerGuard:
       if message['type'] == 'http.response.start':
         said['status'] = message['status']
         names = {name.lower() for name, _ in message['headers']}
-        more = {**HEADERS, 'x-request-id': state['id']}
+        more = {**OF_ALL_ANSWERS, 'x-request-id': state['id']}
         headers = [(name.lower().encode(), value.encode()) for name, value in more.items()]
         added = [(name, value) for name, value in headers if name not in names]
         message = message | {'headers': [*message['headers'], *added]}
       try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TRANSFER_SECONDS):
           await send(message)
       except (TimeoutError, OSError) as error:
         said['status'] = GONE
@@ -157,6 +161,7 @@ class ServerGuard:
       said['status'] = GONE
     finally:
       self._now -= counted
+      self._answered(said['status'])
       line = {
         'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
         'id': state['id'],
@@ -219,13 +224,13 @@ class ServerGuard:
       raise too_long
     content = bytearray()
     try:
-      async with asyncio.timeout(PATIENCE):
+      async with asyncio.timeout(TRANSFER_SECONDS):
         async for piece in request.stream():
           content += piece
           if len(content) > self._body:
             raise too_long
     except TimeoutError:
-      raise Denied(f'the body has not come within {PATIENCE:g} s', status=408) from None
+      raise Denied(f'the body has not come within {TRANSFER_SECONDS:g} s', status=408) from None
     return bytes(content)
 
 

@@ -23,7 +23,7 @@ from serving.pages import HEADERS
 from serving.reader import Reader, refusing
 from serving.service import Service
 from serving.wire import AskedCall, Served
-from serving.written import Asked, WrittenEndpoint, came, unserved, watched
+from serving.written import ReadRequest, WrittenEndpoint, came, unserved, watched
 
 BODY = 2**20  # bytes of a request, and of each token that a row holds so many more
 BODY_TOKEN = 16
@@ -71,9 +71,9 @@ def app(
     '/v1/embeddings': api.embeddings,
   }.items():
     routes.append(Route(path, called(call), methods=['POST']))
-  infer = kserve.INFER, kserve.asked(api.reader)
-  for path, asked in (*api.written.items(), infer):
-    endpoint = WrittenEndpoint(service, api.watching, asked)
+  infer = kserve.INFER, kserve.reading(api.reader)
+  for path, read in (*api.written.items(), infer):
+    endpoint = WrittenEndpoint(service, api.watching, read)
     routes.append(Route(path, endpoint, methods=['POST']))
   inner = Starlette(
     routes=routes, exception_handlers={HTTPException: _not_found, Exception: _failed}
@@ -87,6 +87,7 @@ def app(
     pages=[*files],
     requests=most_requests(service),
     log_prompts=log_prompts,
+    answered=api.watching.answered,
   )
 
 
@@ -197,7 +198,7 @@ class Api:
       raise Denied('whoever asked has gone', status=GONE) from None
 
   @property
-  def written(self) -> dict[str, Callable[[Scope], Asked]]:
+  def written(self) -> dict[str, Callable[[Scope], ReadRequest]]:
     """How requests of texts are read, by their paths."""
     completion, chat = self.reader.completion, self.reader.chat
 
@@ -206,15 +207,15 @@ class Api:
         raise Denied('give one of messages (a chat) and prompt (a completion)', 'messages')
       return (chat if 'messages' in values else completion)(values, key)
 
-    def read(asked: Callable[[dict, str], AskedCall]) -> Callable[[Scope], Asked]:
-      def of(scope: Scope) -> Asked:
+    def reading(call_of: Callable[[dict, str], AskedCall]) -> Callable[[Scope], ReadRequest]:
+      def read(scope: Scope) -> ReadRequest:
         state = scope['state']
-        return asked(parsed(state['body']), state['key']), lambda answer: answer
+        return call_of(parsed(state['body']), state['key']), lambda answer: answer
 
-      return of
+      return read
 
     paths = {'/v1/completions': completion, '/v1/chat/completions': chat, '/invocations': invoked}
-    return {path: read(asked) for path, asked in paths.items()}
+    return {path: reading(call_of) for path, call_of in paths.items()}
 
   def _card(self, name: str) -> dict:
     adapter = '' if name == self.served.name else name

@@ -25,7 +25,7 @@ class JobFailed(Exception):
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class _Waiting(Waiting):
+class WaitingJob(Waiting):
   job: Job
   result: Future
   kind: str
@@ -40,7 +40,7 @@ class Jobs:
     self._until: float | None = None
     self._lock = threading.Lock()
     self._waiting = Queue(limits.patience)
-    self._now: _Waiting | None = None
+    self._now: WaitingJob | None = None
     self._over = False
     self.counts = {kind: JobCounts() for kind in KINDS}  # of those that have ended
     self.refused = 0
@@ -70,7 +70,7 @@ class Jobs:
       except QueueFull:
         self.refused += 1
         raise
-      waiting = _Waiting(
+      waiting = WaitingJob(
         key, priority, self._clock(), job=job, result=Future(), kind=kind, tokens=tokens
       )
       if self._over:
@@ -115,7 +115,7 @@ class Jobs:
     for waiting in [*left, *([self._now] if self._now else [])]:
       self._finish(waiting, JobFailed('the server ends'))
 
-  def _finish(self, waiting: _Waiting, result: Any) -> None:
+  def _finish(self, waiting: WaitingJob, result: Any) -> None:
     self._now = None
     counts = self.counts[waiting.kind]
     if waiting.result.set_running_or_notify_cancel():

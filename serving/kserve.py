@@ -26,7 +26,7 @@ from serving.fields import (
 from serving.reader import Reader
 from serving.service import Service
 from serving.wire import COMMON, PROMPTS, AskedCall
-from serving.written import Asked
+from serving.written import ReadRequest
 
 # A name may have slashes, as those of Hugging Face's hub have.
 MODEL = '/v2/models/{name:path}'
@@ -58,10 +58,10 @@ _NO_PARAMETERS = ('model', 'stream', 'stream_options', 'return_token_ids', 'prom
 PARAMETERS = tuple(name for name in COMMON if name not in _NO_PARAMETERS)
 
 
-def asked(reader: Reader) -> Callable[[Scope], Asked]:
+def reading(reader: Reader) -> Callable[[Scope], ReadRequest]:
   """How a request to infer is read."""
 
-  def read(scope: Scope) -> Asked:
+  def read(scope: Scope) -> ReadRequest:
     name, state = scope['path_params']['name'], scope['state']
     reader.adapter({'model': name})
     given = _FIELDS('', parsed(state['body']))

@@ -1,13 +1,15 @@
-"""How does a server listen, and how does it end? On one port, from its first moment on: while
+"""How does a server listen, and how does it end? On one port, from when weights are read on: while
 programs are compiled, /health says so. A signal drains it; a second one ends it now.
 """
 
 import contextlib
+import fcntl
 import logging
 import resource
 import signal
 import socket
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ from serving.service import Service
 # keeps one without a request, or probes. Who comes beyond these is told so.
 MORE_CONNECTIONS = 192
 FILES = 256  # open, besides connections
-HEADERS = 30.0  # seconds in which the head of a request has to come
+HEAD_SECONDS = 30.0  # seconds in which the head of a request has to come
 BEHIND = 2**16  # bytes behind a request, before its answer has ended
 KEPT = 30  # seconds that a connection without a request is kept
 TAKEN = 60.0  # seconds in which something of what waits to be sent has to be taken
@@ -146,7 +148,7 @@ class _Impatient(H11Protocol):
 
   def connection_made(self, transport) -> None:
     super().connection_made(transport)
-    self._late = self.loop.call_later(HEADERS, self._close)
+    self._late = self.loop.call_later(HEAD_SECONDS, self._close)
     self._looking = self.loop.call_later(TAKEN, self._look)
 
   def resume_writing(self) -> None:
@@ -166,7 +168,7 @@ class _Impatient(H11Protocol):
         if behind > BEHIND:
           self._close()
     elif self._late is None:
-      self._late = self.loop.call_later(HEADERS, self._close)
+      self._late = self.loop.call_later(HEAD_SECONDS, self._close)
 
   def connection_lost(self, exc) -> None:
     self._forget()
@@ -177,7 +179,7 @@ class _Impatient(H11Protocol):
     """Closed, a connection is there until all is sent: for ever, where nobody takes it."""
     unsent = 0
     if self.flow.write_paused or self.transport.is_closing():  # and nothing more is written to it
-      unsent = self.transport.get_write_buffer_size()
+      unsent = _unsent(self.transport)
     if unsent and unsent == self._unsent:
       self.transport.abort()
       return
@@ -192,6 +194,19 @@ class _Impatient(H11Protocol):
   def _close(self) -> None:
     if not self.transport.is_closing():
       self.transport.close()
+
+
+def _unsent(transport) -> int:
+  """Bytes that the peer has not got, those included that the system has taken, which it does by the
+  megabyte; 0 where it has taken all.
+  """
+  waiting = transport.get_write_buffer_size()
+  if not waiting:
+    return 0
+  count = bytearray(4)
+  with contextlib.suppress(OSError):  # of a system that does not say so
+    fcntl.ioctl(transport.get_extra_info('socket').fileno(), termios.TIOCOUTQ, count)
+  return waiting + int.from_bytes(count, sys.byteorder)
 
 
 def _say_progress(service: Service, say: Callable[[str], None]) -> None:

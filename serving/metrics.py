@@ -5,7 +5,8 @@ Counters and gauges are the service's own, read when they are asked for; times a
 end.
 """
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
@@ -72,6 +73,11 @@ TABLE = {
     MODEL,
     'Requests for which there was no room in the queue.',
   ),
+  'tandem_http_requests_total': (
+    'counter',
+    (*MODEL, 'status'),
+    'Requests, by what they were answered with; 499: whoever asked had gone.',
+  ),
   'tandem_num_jobs_waiting': (
     'gauge',
     MODEL,
@@ -124,7 +130,8 @@ class Metrics:
 
   def __init__(self, service: Service, model: str):
     self._registry = CollectorRegistry()
-    self._registry.register(_OfService(service, model))
+    self._answers: collections.Counter[str] = collections.Counter()
+    self._registry.register(_OfService(service, model, self._answers))
     self._times = {
       name: Histogram(name, help, labels, registry=self._registry, buckets=buckets).labels(model)
       for name, (_, labels, help, *ends) in TABLE.items()
@@ -134,6 +141,10 @@ class Metrics:
   def text(self) -> bytes:
     """As Prometheus reads it."""
     return generate_latest(self._registry)
+
+  def answered(self, status: int) -> None:
+    """A request, whatever it was."""
+    self._answers[str(status)] += 1
 
   def heard(self, since: float | None, event: Event) -> None:
     """An event of a sample, whose last tokens came at `since`."""
@@ -158,13 +169,14 @@ class Metrics:
 
 
 class _OfService(Collector):
-  """What the service counts by itself."""
+  """What the service counts by itself, and answers by their status."""
 
-  def __init__(self, service: Service, model: str):
-    self._service, self._model = service, model
+  def __init__(self, service: Service, model: str, answers: Mapping[str, int]):
+    self._service, self._model, self._answers = service, model, answers
 
   def collect(self) -> Iterator[Any]:
     values = _values(self._service.stats())
+    values['tandem_http_requests_total'] = dict(self._answers)
     for name, (kind, labels, help, *_) in TABLE.items():
       if kind == 'histogram':
         continue

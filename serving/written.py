@@ -29,15 +29,15 @@ from serving.ticket import Ticket
 from serving.wire import AskedCall
 
 # What a request asks for, and the answer's form, of the one that OpenAI has.
-Asked = tuple[AskedCall, Callable[[dict], dict]]
+ReadRequest = tuple[AskedCall, Callable[[dict], dict]]
 
 
 class WrittenEndpoint:
   """An endpoint whose answers the model writes."""
 
-  def __init__(self, service: Service, watching: Metrics, asked: Callable[[Scope], Asked]):
-    """asked: reads a request. Raises Denied."""
-    self._service, self._watching, self._asked = service, watching, asked
+  def __init__(self, service: Service, watching: Metrics, read: Callable[[Scope], ReadRequest]):
+    """read: reads a request. Raises Denied."""
+    self._service, self._watching, self._read = service, watching, read
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     tickets: list[Ticket] = []
@@ -49,7 +49,7 @@ class WrittenEndpoint:
       try:
         if self._service.state != calls.READY:
           raise NotReady(self._service.state)
-        asked, shaped = await asyncio.to_thread(self._asked, scope)
+        asked, shaped = await asyncio.to_thread(self._read, scope)
         await self._submit(asked, tickets, scores)
         answer = HttpAnswer(asked, tickets, self._service.tokenizer)
         async with watched(receive, [*tickets, *scores], state['log']):

@@ -97,7 +97,7 @@ def test_who_leaves_too_much_unread_is_ended_and_told_so():
 )
 def test_nobody_keeps_a_place_by_not_taking_his_answer(monkeypatch, caplog, path, body):
   """Whatever it is an answer to."""
-  monkeypatch.setattr('serving.guard.PATIENCE', 0.05)
+  monkeypatch.setattr('serving.guard.TRANSFER_SECONDS', 0.05)
 
   async def run():
     async def never(message):
@@ -115,7 +115,7 @@ def test_nobody_keeps_a_place_by_not_taking_his_answer(monkeypatch, caplog, path
 
 def test_who_does_not_take_what_is_sent_is_given_up(monkeypatch):
   served = long_service()
-  monkeypatch.setattr('serving.guard.PATIENCE', 0.05)
+  monkeypatch.setattr('serving.guard.TRANSFER_SECONDS', 0.05)
 
   async def run():
     async def never(message):

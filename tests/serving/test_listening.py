@@ -70,7 +70,7 @@ def test_a_request_has_one_meaning(address, rest):
 
 @pytest.mark.parametrize('sent', [b'', HEAD])
 def test_a_head_that_does_not_come_ends_its_connection(monkeypatch, sent):
-  monkeypatch.setattr(listening, 'HEADERS', 0.2)
+  monkeypatch.setattr(listening, 'HEAD_SECONDS', 0.2)
   with served() as address:
     assert answered(address, sent) == b''
 
@@ -124,7 +124,7 @@ def long_answer(monkeypatch):
 def test_who_takes_nothing_keeps_no_connection(monkeypatch, pipelined):
   """Neither while something is to be sent, nor behind its end, when the connection is closed."""
   long_answer(monkeypatch)
-  monkeypatch.setattr('serving.guard.PATIENCE', 0.1)
+  monkeypatch.setattr('serving.guard.TRANSFER_SECONDS', 0.1)
   monkeypatch.setattr(listening, 'TAKEN', 0.2)
   monkeypatch.setattr(listening, 'KEPT', 0.1)
   kept = []
