@@ -5,6 +5,7 @@ With NaN in every page that is no one's.
 import collections
 import dataclasses
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,37 @@ def test_every_row_has_its_adapter(moved, monkeypatch):
       found = [result(ticket) for ticket in [served.submit(one) for one in order]]
       assert (found if order is asked else found[::-1]) == expected
     assert served.stats().preempted and moved[OUT]
+
+
+@pytest.mark.slow
+def test_hundreds_of_calls_leave_no_row_no_page_and_no_ticket():
+  """The soak of tests/serving/test_serving.py in short, with pages that are too few."""
+  draw = np.random.default_rng(0)
+  with running(generator(), **FEW) as served:
+    for _ in range(2):
+      tickets = []
+      for i in draw.integers(0, 1000, 100):
+        new = int(draw.choice([1, 3, 8]))
+        salt = '' if i % 2 else str(i)  # what is shared takes no room
+        asked = call(SYSTEM[: draw.integers(1, 30)], new, seed=int(i), salt=salt)
+        tickets.append(served.submit(dataclasses.replace(asked, key='cd'[i % 2])))
+        if draw.random() < 0.1:
+          tickets[-1].cancel()
+      for ticket in tickets:
+        result(ticket)
+    until = time.monotonic() + 60
+    while not served.idle or served.stats().tokens:
+      assert time.monotonic() < until, served.stats()
+      time.sleep(0.001)
+    stats, scheduler = served.stats(), served._scheduler
+    assert sum(stats.finished.values()) == 200 and stats.finished['cancelled'] and not stats.errors
+    assert (stats.free, stats.waiting) == (stats.rows, 0)
+    assert not scheduler._waiting.total() and not len(scheduler._queue) and not scheduler._arrived
+    assert stats.preempted and stats.prefix_hits
+    for pool in served._engine._engine._pools:
+      places = [*pool._free, *(page.place for page in pool._kept)]
+      assert sorted(places) == [*range(pool.places)], 'a page is lost, or there twice'
+      assert not pool._rows and {*pool._marked.values()} == {*pool._kept}
 
 
 @pytest.mark.parametrize(
