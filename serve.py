@@ -107,6 +107,13 @@ DEFAULTS = flags.DEFINE_enum(
   "Of options that a request does not give: OpenAI's, or those of the model's "
   'generation_config.json, which are printed.',
 )
+USUAL_TOKENS = flags.DEFINE_integer(
+  'default_max_tokens',
+  None,
+  'max_tokens of requests that do not give it. Default: 16 of a completion; of a chat all that '
+  'fits, for which --pages have to have room.',
+  lower_bound=1,
+)
 REASONING = flags.DEFINE_enum(
   'reasoning',
   'auto',
@@ -191,6 +198,11 @@ def check_flags(sagemaker: bool) -> None:
       f'--host={HOST.value} is for others, too, and --api_keys is not given; give a file of keys, '
       'one a line, each drawn by: python -c "import secrets; print(secrets.token_urlsafe(32))"'
     )
+  if '*' in HOSTS.value and API_KEYS.value is None and not sagemaker:
+    say(
+      'NOTE: --hosts=* without --api_keys: a page of any site whose name is made to point here can '
+      'ask in the name of whoever looks at it; name the hosts that you mean'
+    )
 
 
 def as_sagemaker() -> None:
@@ -213,14 +225,15 @@ def known_hosts() -> list[str]:
 
 def defaults_of(generator: Generator) -> dict:
   """Options of requests that do not give them."""
+  usual = {'max_new_tokens': USUAL_TOKENS.value} if USUAL_TOKENS.value else {}
   if DEFAULTS.value == 'openai':
-    return {}
+    return usual
   options, left = model_defaults(generator.tokenizer.generation)
   shown = ', '.join(f'{name}={value}' for name, value in options.items()) or 'none'
   say(f'defaults of the model: {shown}')
   if left:
     say(f'NOTE: of generation_config.json, not taken: {", ".join(left)}')
-  return options
+  return options | usual
 
 
 def address(opened: socket.socket) -> str:
@@ -239,7 +252,7 @@ def run(sagemaker: bool) -> Running | None:
   except ImportError as error:
     raise ImportError(
       f'what serves is not installed ({error}): pip install starlette uvicorn prometheus-client '
-      '(the extra tandem[serve])'
+      'outlines-core (the extra tandem[serve])'
     ) from error
 
   check_flags(sagemaker)
@@ -252,15 +265,15 @@ def run(sagemaker: bool) -> Running | None:
   first = PROCESS.value <= 0
   opened = listening.bound(HOST.value, PORT_FLAG.value) if first else None
   generator = loaded(adapters)
-  asked = asked_of(generator)
+  options = options_of(generator)
   if not first:
-    follow(generator, asked)
+    follow(generator, options)
     return None
   writes = generator.model.config.causal
   service = Running(
     generator,
     limits=Limits(waiting=WAITING.value, samples=SAMPLES.value, gap_ms=MAX_GAP_MS.value),
-    **asked,
+    **options,
   )
   served = Served(
     name=name, defaults=defaults_of(generator), created=int(time.time()), reasoning=REASONING.value
@@ -293,7 +306,7 @@ def loaded(adapters: dict[str, str]) -> Generator:
   return Generator.load(WORKDIR.value, CHECKPOINT.value, mesh, WEIGHTS.value, adapters)
 
 
-def asked_of(generator: Generator) -> dict:
+def options_of(generator: Generator) -> dict:
   """What Running is asked for by flags; see there. Raises ValueError for what makes no sense."""
   sizes = {'rows': ROWS.value, 'capacity': MAX_MODEL_LEN.value, 'cache_dtype': CACHE_DTYPE.value}
   sizes |= {'lookup': LOOKUP.value, 'draft_tokens': DRAFT_TOKENS.value}
@@ -308,11 +321,11 @@ def asked_of(generator: Generator) -> dict:
   return asked
 
 
-def follow(generator: Generator, asked: dict) -> None:
+def follow(generator: Generator, options: dict) -> None:
   """What another process than the first does, until that one ends."""
   from serving import several
 
-  rows = several.following(generator, **asked)
+  rows = several.following(generator, **options)
   several.heed(say)
   say(f'process {PROCESS.value} of {PROCESSES.value}: does what process 0 does')
   rows.follow()
@@ -348,7 +361,7 @@ def traces_to(endpoint: str, name: str):
 
 
 FLAGS_OF_WRITING = ROWS, CACHE_DTYPE, LOOKUP, DRAFT_TOKENS, PAGES, HOST_PAGES
-FLAGS_OF_WRITING += MAX_GAP_MS, SAMPLES, REASONING, DEFAULTS
+FLAGS_OF_WRITING += MAX_GAP_MS, SAMPLES, REASONING, DEFAULTS, USUAL_TOKENS
 
 
 def check_encoder() -> None:

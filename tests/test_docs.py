@@ -80,11 +80,16 @@ for name, line in json.loads(sys.argv[1]):
 
 @functools.cache
 def commands() -> dict[str, list[list[str]]]:
-  """Words of every command line that a page prints, indented or between backticks, by its page."""
+  """Words of every command line that a page prints, indented, between backticks or in a block of no
+  language, by its page.
+  """
   lines = {}
   for page in PAGES:
     text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+    fences = re.findall(r'^```(\w*)\n(.*?)^```', page.read_text(), re.M | re.S)
+    fenced = '\n'.join(block for language, block in fences if not language)
     blocks = '\n'.join(re.findall(r'^ {4}(.*)$', text, re.M)).replace('\\\n', ' ').split('\n')
+    blocks += re.findall(r'^python \w+\.py .*$', fenced.replace('\\\n', ' '), re.M)
     spans = [' '.join(span.split()) for span in re.findall(r'`([^`]+)`', text)]
     typed = [
       line.partition(' > ')[0]
@@ -115,6 +120,8 @@ def test_pages_print_commands():
   assert {'train.py', 'generate.py', 'plan.py', 'convert.py'} <= {
     name for name, _ in python_commands()
   }
+  served = [words[2:] for words in commands()['docs/serve.md'] if words[1] == 'serve.py']
+  assert ['--workdir=runs/chat', '--port=8000'] in served and len(served) > 5
 
 
 def check_flags(name: str) -> None:
