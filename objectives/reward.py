@@ -101,7 +101,9 @@ class Reward(OfChoices, RewardedSettings):
     rewards.
     """
     said = super().metrics(terms, weights, sums)
-    said.pop(EXPERTS, None)
+    # The loss of pairs, which is `loss`, and no reward.
+    for name in (PAIRS, EXPERTS):
+      said.pop(name, None)
     return said | _means(sums) | router_metrics(sums, weights[EXPERTS])
 
   def judged(self, models, batch):

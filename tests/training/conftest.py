@@ -173,6 +173,33 @@ def assert_close(a, b, atol: float):
     np.testing.assert_allclose(a[name], b[name], rtol=0, atol=atol, err_msg=name)
 
 
+def assert_slope(losses, given, batch, rtol: float = 1e-2, step: float = 3e-4):
+  """Each number of losses(given, batch) is differentiated as finite differences have it, in a
+  random direction of all that is given.
+
+  In float32, which models compute norms, attention and log-probabilities in whatever they are given
+  (float64 is of formulas alone): between the error of a step's square and that of rounding there
+  is a hundredth.
+  """
+  leaves, tree = jax.tree.flatten(given)
+  draw = np.random.default_rng(3)
+  way = [jnp.asarray(draw.normal(size=x.shape), x.dtype) for x in leaves]
+
+  def along(step, leaves, batch):
+    moved = [x + step * d for x, d in zip(leaves, way, strict=True)]
+    return jnp.stack(losses(jax.tree.unflatten(tree, moved), batch))
+
+  def run(step, leaves, batch):
+    return along(step, leaves, batch), jax.jacrev(along)(step, leaves, batch)
+
+  arguments = jnp.float32(0), leaves, jax.tree.map(jnp.asarray, batch)
+  run = quickly(jax.jit(run), *arguments)
+  _, slopes = run(*arguments)
+  ahead, behind = (run(jnp.float32(h), *arguments[1:])[0] for h in (step, -step))
+  assert (np.abs(slopes) > 1e-2).all(), f'{slopes}: the direction tells nothing'
+  np.testing.assert_allclose((ahead - behind) / (2 * step), slopes, rtol=rtol)
+
+
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory) -> pathlib.Path:
   """A directory with text.txt, a text of made-up words, and room for caches."""

@@ -57,6 +57,65 @@ def test_golden_without_a_reference():
   np.testing.assert_allclose(made, 0.3 * np.log1p(odds[1] / odds[0]), rtol=1e-6)
 
 
+def by_hand(policy, reference, lengths, made):
+  """The mean over pairs by the formulas of the papers, in float64."""
+  ratios, wrong = policy - reference, made.label_smoothing
+  (c, r), (cm, rm) = ratios.T, (ratios / lengths).T
+
+  def lost(d):
+    """-log sigmoid(d)."""
+    return np.log1p(np.exp(-d))
+
+  def smoothed(d):
+    return (1 - wrong) * lost(d) + wrong * lost(-d)
+
+  def odds(p):
+    return np.exp(p) / (1 - np.exp(p))
+
+  likely = (policy / lengths).T  # of a reference there is none
+  b = made.beta
+  robust = (1 - wrong) * lost(b * (c - r)) - wrong * lost(b * (r - c))
+  each = {
+    'sigmoid': smoothed(b * (c - r)),
+    'sigmoid_norm': smoothed(b * (cm - rm)),
+    'robust': robust / (1 - 2 * wrong),
+    'hinge': np.maximum(1 - b * (c - r), 0),
+    'ipo': (cm - rm - 1 / (2 * b)) ** 2,
+    'apo_zero': 1 - 1 / (1 + np.exp(-b * c)) + 1 / (1 + np.exp(-b * r)),
+    'simpo': lost(b * (cm - rm) - made.gamma),
+    'orpo': b * np.log1p(odds(likely[1]) / odds(likely[0])),
+  }
+  return each[made.variant].mean()
+
+
+CASES = [(variant, {}) for variant in VARIANTS]
+CASES += [(name, {'label_smoothing': 0.3}) for name, of in VARIANTS.items() if of.smoothing]
+CASES += [('simpo', {'beta': 2.0, 'gamma': 0.5})]
+
+
+@pytest.mark.parametrize('variant, fields', CASES, ids=str)
+def test_losses_and_gradients_are_the_formulas(variant, fields):
+  """In float64, to its last digits; slopes by finite differences of the formula."""
+  draw, made = np.random.default_rng(4), settings(variant, **{'beta': 0.3} | fields)
+  lengths = draw.integers(1, 9, (7, 2)).astype(np.float64)
+  policy, reference = (-lengths * draw.uniform(0.5, 3, lengths.shape) for _ in range(2))
+  reference = reference if VARIANTS[variant].reference else 0 * reference
+  expected = by_hand(policy, reference, lengths, made)
+  slopes, step = np.zeros_like(policy), 1e-5
+  for place, moved in enumerate(step * np.eye(policy.size).reshape(-1, *policy.shape)):
+    ahead, behind = (by_hand(policy + h * moved, reference, lengths, made) for h in (1, -1))
+    slopes.flat[place] = (ahead - behind) / (2 * step)
+  with jax.enable_x64(True):
+
+    def mean(policy):
+      return losses(Answers(policy, jnp.asarray(reference), jnp.asarray(lengths)), made).mean()
+
+    loss, gradient = jax.value_and_grad(mean)(jnp.asarray(policy))
+    assert gradient.dtype == np.float64
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-6, atol=1e-10)
+
+
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_swapped_answers_flip_what_is_compared(variant):
   made, swapped = settings(variant), answers(REJECTED, CHOSEN)

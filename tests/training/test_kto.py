@@ -13,7 +13,7 @@ from test_preference import batches, config, with_reference
 from data.config import SourceConfig
 from objectives.answers import NONE
 from objectives.kto import KTO
-from tests.training.conftest import RATE, T, assert_close
+from tests.training.conftest import RATE, T, assert_close, assert_slope
 from training.spent import flops_per_token
 
 GIVEN = [('a' * (n % 3), 'b' * (n % 4) + 'c' * (n % 2), n % 3 > 0) for n in range(1, 16)]
@@ -86,6 +86,19 @@ def test_a_step_is_the_absolute_step(source, whole):
   np.testing.assert_allclose(metrics['loss'], loss, rtol=3e-6)
   np.testing.assert_allclose(metrics['kl'], away, rtol=1e-5)
   assert_close(run.state.models['policy'], expected, 5e-6)
+
+
+@pytest.mark.slow
+def test_the_gradient_is_the_slope(source, whole, one_device):
+  """With the divergence as it was before: it is a number of the batch, and not differentiated."""
+  models, (batch,) = whole[0], batches(config(source, MADE, data={'batch_size': 16}))
+  prepared = jax.jit(MADE.prepare)(models, jax.tree.map(jnp.asarray, batch))
+
+  def losses(policy, batch):
+    total, weight = MADE.loss(models | {'policy': policy}, batch)['kto']
+    return [total / weight]
+
+  assert_slope(losses, models['policy'], prepared)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,19 @@ from data.config import CleanConfig, SourceConfig
 from data.preferences import ChoiceBatch
 from model.adaptation import AdapterConfig
 from objectives.answers import NONE
+from objectives.compared import VARIANTS
 from objectives.preference import Preference
-from tests.training.conftest import RATE, SGD, T, assert_close, assert_same, host, tiny
+from tests.training.conftest import (
+  RATE,
+  SGD,
+  T,
+  assert_close,
+  assert_same,
+  assert_slope,
+  host,
+  tiny,
+)
+from tests.training.test_compared import settings
 from training.program import check_models
 
 # Answers of unequal lengths, which pack into rows of T with one to three pairs.
@@ -118,6 +129,25 @@ def test_a_step_is_the_absolute_step(source, one_device, objective):
   )  # of parameters of 1, after a rate of 0.5
   assert max(np.abs(x).max() for x in host(gradient).values()) > 1e-3
   assert_same(run.state.models['reference'], before['reference'])
+
+
+@pytest.mark.slow
+def test_the_gradient_is_the_slope(source, one_device):
+  """Of every variant, of pairs in packed rows."""
+  run = with_reference(Run(config(source)))
+  (batch,) = batches(run.config)
+  policy, reference = (run.state.models[name] for name in ('policy', 'reference'))
+  objectives = [settings(variant, beta=0.7) for variant in VARIANTS]
+
+  def losses(policy, batch):
+    said = []
+    for objective in objectives:
+      others = {'reference': reference} if objective.reference != NONE else {}
+      terms = objective.loss({'policy': policy} | others, batch)
+      said.append(sum(total / jnp.maximum(weight, 1) for total, weight in terms.values()))
+    return said
+
+  assert_slope(losses, policy, batch)
 
 
 @pytest.fixture(scope='module')

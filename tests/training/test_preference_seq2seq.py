@@ -16,7 +16,7 @@ from data.source_choices import SourceChoiceBatch
 from model.adaptation import AdapterConfig
 from objectives.preference import Preference
 from objectives.preference_seq2seq import PreferenceSeq2Seq
-from tests.training.conftest import SGD, assert_close, tiny
+from tests.training.conftest import SGD, assert_close, assert_slope, tiny
 from tests.training.test_denoise import T5
 
 S, T = 32, 24
@@ -101,6 +101,19 @@ def test_it_is_the_loss_of_each_pair_alone(source):
     expected = jax.jit(alone, static_argnums=2)(models['policy'], models['reference'], source)
   metrics = go(run, batch)
   np.testing.assert_allclose(metrics['loss'], expected, rtol=3e-6)
+
+
+@pytest.mark.slow
+def test_the_gradient_is_the_slope(source, one_device):
+  run = with_reference(Run(config(source)))
+  batch, _ = rows_of(run.config)
+  models = run.state.models
+
+  def losses(policy, batch):
+    terms = MADE.loss(models | {'policy': policy}, batch)
+    return [sum(total / jnp.maximum(weight, 1) for total, weight in terms.values())]
+
+  assert_slope(losses, models['policy'], batch)
 
 
 @pytest.mark.slow

@@ -22,7 +22,17 @@ from objectives.reward import Reward, losses
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.pipeline import PipelineConfig
 from tests.test_commands import Process
-from tests.training.conftest import RATE, SGD, T, assert_close, host, quickly, run_here, tiny
+from tests.training.conftest import (
+  RATE,
+  SGD,
+  T,
+  assert_close,
+  assert_slope,
+  host,
+  quickly,
+  run_here,
+  tiny,
+)
 from tests.training.test_tuned_classifier import BERT
 from training import config as configs
 from training.program import check_models
@@ -114,6 +124,10 @@ def test_the_loss_is_that_of_bradley_and_terry():
   expected = np.log1p(np.exp(-d)) + 0.01 * rewards.sum(-1) ** 2
   ours = losses(jnp.asarray(rewards, jnp.float32), jnp.asarray(margins, jnp.float32), 0.01)
   np.testing.assert_allclose(ours, expected, rtol=1e-5)
+  pull = jax.grad(lambda r: losses(r, jnp.asarray(margins, jnp.float32), 0.01).sum())
+  slopes = np.stack([-1 / (1 + np.exp(d)), 1 / (1 + np.exp(d))], -1)
+  slopes += 0.02 * rewards.sum(-1, keepdims=True)
+  np.testing.assert_allclose(pull(jnp.asarray(rewards, jnp.float32)), slopes, rtol=1e-4, atol=1e-6)
   golden = losses(jnp.array([[1.0, 0.0], [0.5, 2.0]]), jnp.zeros(2))
   np.testing.assert_allclose(golden, [0.3132616875, 1.7014132779], rtol=1e-6)
   same = losses(jnp.full((3, 2), 0.7), jnp.zeros(3))
@@ -146,12 +160,26 @@ def test_a_step_is_the_absolute_step(source, one_device, objective, model):
   assert objective.packing == 'alone' or batch.segments.max() > 2
   metrics, _ = run.go([batch])
   np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
+  assert 'reward' not in metrics  # which pictures and views take for one
   assert metrics['accuracy'] == (rewards[:, 0] > rewards[:, 1]).mean()
   np.testing.assert_allclose(metrics['reward_rejected'], rewards[:, 1].mean(), rtol=1e-4, atol=1e-6)
   expected = jax.tree.map(lambda p, g: p - RATE * g, before, gradient)
   assert_close(run.state.models, expected, 3e-5)
   moved = {name for name, g in host(gradient).items() if np.abs(g).max() > 1e-7}
   assert any('head' in name and 'weight' in name for name in moved)
+
+
+@pytest.mark.slow
+def test_the_gradient_is_the_slope(source, one_device):
+  """Of the model and of its head."""
+  made = config(source, Reward(centring=0.1))
+  models = with_bias(Run(made).state.models)
+
+  def losses(models, batch):
+    total, weight = made.objective.loss(models, batch)['reward']
+    return [total / weight]
+
+  assert_slope(losses, models, batch_of(made))
 
 
 @pytest.mark.slow
