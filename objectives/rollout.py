@@ -206,6 +206,18 @@ def laid_out(
   return batch
 
 
+@dataclasses.dataclass
+class Learning:
+  """What is learned from a rollout: since when, and from how many tokens, each epoch's."""
+
+  since: float
+  tokens: int = 0
+
+  def rate(self) -> float:
+    """Tokens a second, of all that it took, evaluations and checkpoints on the way included."""
+    return self.tokens / (time.perf_counter() - self.since)
+
+
 class Rollouts:
   """Batches of what the policy wrote (objectives.objective.Batches).
 
@@ -220,6 +232,7 @@ class Rollouts:
     self._coefficient = settings.penalty
     self._batch: RolloutBatch | None = None
     self._left: list[list[int]] = []  # rows of each batch to come
+    self._learning: Learning | None = None
     self._checked = False
 
   def take(self, state) -> RolloutBatch:
@@ -230,6 +243,8 @@ class Rollouts:
     if not self._left:
       self._begin(state.models, dropped)
     chosen = self._left.pop(0)
+    if self._learning:
+      self._learning.tokens += int((self._batch.weights[chosen] > 0).sum())
     return self._batch.cut([chosen[row] for row in self._rows])
 
   def state(self) -> dict:
@@ -284,6 +299,9 @@ class Rollouts:
   def _begin(self, models: Mapping[str, Any], dropped: int) -> None:
     """A rollout. dropped: epochs of the one before it that were not gone through."""
     settings, B = self._settings, self._config.batch_size
+    # The last step's: what they take is no time of writing.
+    jax.block_until_ready(models)
+    learned = {'learn': self._learning.rate()} if self._learning else {}
     answers = self._answers(models, B * settings.minibatches // settings.group)
     for line in answers.failures[:3]:
       self._stage.log(f'WARNING: {line}')
@@ -304,7 +322,8 @@ class Rollouts:
     batch, more = settings.credited(batch, said, self._coefficient)
     seconds = answers.seconds | {'score': time.perf_counter() - began}
     stopped = {'dropped_epochs': dropped} if settings.stop_kl else {}
-    self._note(answers, batch, seconds, more | stopped)
+    rates = {'tokens_per_second': {'generate': answers.tokens / seconds['generate']} | learned}
+    self._note(answers, batch, seconds, more | stopped | rates)
     self._coefficient = more.pop('next_coefficient', self._coefficient)
 
     orders = np.random.default_rng([self._stage.seed, 1, self._rollouts])
@@ -314,6 +333,7 @@ class Rollouts:
       order = orders.permutation(records) if settings.minibatches > 1 else records
       self._left += order.reshape(-1, B).tolist()
     self._rollouts += 1
+    self._learning = Learning(time.perf_counter())
 
   def _answers(self, models, groups: int) -> Answered:
     """Of so many prompts; with dynamic sampling others in the place of those whose answers are all
@@ -416,6 +436,7 @@ class Rollouts:
         'rewards': rewards,
         'reward': float(np.nanmean(answers.scores)),
         'tokens': answers.tokens,
+        'ended': int(batch.ended.sum()),
         'failed': int(batch.failed.sum()) + answers.replaced.failed,
         'equal': int(batch.equal.sum()),
         'seconds': seconds,

@@ -17,6 +17,14 @@ class Bar(PlainView):
     'left': '{} left',
     'bits_per_byte': '{:.3f} bits/byte',
   }
+  # Of a policy, whose loss tells little of how it goes.
+  JUDGED = {
+    'reward': 'reward {:.3f}',
+    'kl': 'KL {:.2g}',
+    'log_ratio': 'drift {:.1g}',
+    'tokens_per_second': FORMS['tokens_per_second'],
+    'left': FORMS['left'],
+  }
 
   def __init__(self, stream: TextIO, steps: range):
     super().__init__(stream, steps)
@@ -37,6 +45,8 @@ class Bar(PlainView):
 
   def show(self, line: dict[str, float]):
     self._known |= line
+    if 'reward' in line:
+      self.FORMS = self.JUDGED
     self._progress.update(self._task, description=self._describe(self._known))
 
   def advance(self, step: int):

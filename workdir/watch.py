@@ -339,6 +339,9 @@ class PlainView:
 
   FORMS = {
     'loss': 'loss {:.4f}',
+    'reward': 'reward {:.4f}',
+    'kl': 'KL {:.2g}',
+    'log_ratio': 'log ratio {:.2g}',
     'validation_loss': 'validation {:.4f}',
     'bits_per_byte': '{:.3f} bits/byte',
     'nonfinite_steps': '{} non-finite',

@@ -108,7 +108,7 @@ def test_sampler_and_trainer_are_compared_where_there_is_something_to_compare():
   for apart in (0.0, 1.0):
     stage = Scripted(*[UNENDED] * 4, ENDED)
     rollouts = rollouts_of(stage, unended='masked')
-    assert not rollouts.take(state(apart)).weights.any()
+    assert not rollouts.take(state(apart)).weights.any() and stage.notes[0]['ended'] == 0
     assert len(stage.lines) == 1 and 'no answer of rollout 0 counts' in stage.lines[0]
     if apart:
       with pytest.raises(FloatingPointError, match='the sampler and the trainer differ by 1 nats'):
@@ -135,6 +135,7 @@ def test_an_answer_without_a_reward_is_null_and_told():
   batch = rollouts_of(stage).take(state())
   (note,) = stage.notes
   assert note['rewards'] == [1.0, None] and note['reward'] == 1.0 and note['failed'] == 2
+  assert note['ended'] == 4
   assert batch.failed.sum() == 2 and not batch.weights[batch.failed.max(1) > 0].any()
   told = [line for line in stage.lines if 'gave no reward' in line]
   asked = [stage.prompts.order(stage.seed, index).place for index in range(2)]
@@ -149,6 +150,29 @@ def test_what_was_replaced_is_counted():
   assert note['replaced'] == 4 and note['failed'] == 2 and not note['equal']
   assert note['tokens'] == 2 * len(ENDED) + 2 * len(FAILED) + 2 * (len(ENDED) + len(UNENDED))
   assert batch.lengths.sum() == 2 * (len(ENDED) + len(UNENDED)) and not batch.failed.any()
+
+
+def test_rates_are_of_writing_and_of_learning_from_the_one_before(monkeypatch):
+  """Of each epoch's tokens, by all that stood between the two."""
+  clock = types.SimpleNamespace(now=0.0)
+  monkeypatch.setattr(
+    'objectives.rollout.time', types.SimpleNamespace(perf_counter=lambda: clock.now)
+  )
+
+  class Slow(Scripted):
+    def answers(self, models, asked):
+      clock.now += 0.5
+      yield from super().answers(models, asked)
+
+  stage = Slow(ENDED, UNENDED)
+  rollouts = rollouts_of(stage, minibatches=2, epochs=2)
+  for _ in range(2):
+    for _ in range(4):
+      rollouts.take(state())
+      clock.now += 0.25
+  written = 4 * (len(ENDED) + len(UNENDED))
+  rates = [note['tokens_per_second'] for note in stage.notes]
+  assert rates == [{'generate': 2 * written}, {'generate': 2 * written, 'learn': 2 * written}]
 
 
 def test_lines_of_another_history_are_dropped_and_told(tmp_path):

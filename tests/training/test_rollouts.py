@@ -25,6 +25,7 @@ from objectives.ppo import PPO
 from objectives.rollout import Rollouts, laid_out
 from objectives.rollout_rows import AnswerRows, RolloutBatch, packed, unpacked
 from parallel.mesh import MeshConfig, make_mesh
+from tests.decode.test_engine import compilations
 from tests.training.conftest import assert_close, assert_same, run_here, tiny
 from training import config as configs, state as states
 from training.program import begin_state, make_program, make_target
@@ -40,17 +41,21 @@ def reward(text, record):
 """
 SHARED = {'max_new_tokens': NEW, 'beta': 0.1, 'temperature': 0.8}
 FAMILY = GRPO(**SHARED, group=4, minibatches=2, epochs=2)
+TIMED = {'seconds': 0, 'tokens_per_second': 0}  # of a line, no function of the seed
 CRITICAL = PPO(**SHARED, critic='shared', minibatches=2, epochs=2, stop_kl=10.0, missing_end=0.5)
 
 
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-  """A directory with prompts and a reward."""
-  directory = tmp_path_factory.mktemp('prompts')
+def asked(directory):
+  """The directory, with prompts and a reward."""
   rows = [{'prompt': 'pqr'[: 1 + i % 3] + str(i), 'wanted': 'abcdefghijklm'} for i in range(12)]
   (directory / 'prompts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   (directory / 'wanted.py').write_text(REWARD)
   return directory
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  return asked(tmp_path_factory.mktemp('prompts'))
 
 
 def config(place, objective, adapter=None, **parts):
@@ -152,9 +157,13 @@ def test_weights_that_write_go_with_their_rollout(place, tmp_path):
     programs = dict(engine._programs)
     moved = jax.tree.map(lambda x: x * jnp.asarray(1.5, x.dtype), run.state.models['policy'])
     models = run.state.models | {'policy': moved}
+    state = dataclasses.replace(run.state, models=models)
     run.rollouts._left = []
-    run.rollouts.take(dataclasses.replace(run.state, models=models))
-    assert engine._programs == programs
+    run.rollouts.take(state)
+    run.rollouts._left = []
+    with compilations() as names:
+      run.rollouts.take(state)
+    assert engine._programs == programs and not names
     batch = run.rollouts._batch.cut(range(8))
     said = run.stage.said(models, batch, ('policy',))['policy']
   np.testing.assert_allclose(said, np.where(batch.weights > 0, batch.behaviour, 0), atol=1e-4)
@@ -210,7 +219,7 @@ def assert_same_runs(made, step, *directories):
   assert_same(*(policy_of(made, directory, step) for directory in directories))
   lines = [(directory / FILE).read_text().split('\n') for directory in directories]
   for a, b in zip(*lines, strict=True):
-    a, b = (json.loads(line or '{}') | {'seconds': 0} for line in (a, b))
+    a, b = (json.loads(line or '{}') | TIMED for line in (a, b))
     assert a == b
 
 

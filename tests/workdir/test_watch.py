@@ -235,6 +235,27 @@ def test_plain_lines_and_a_bar_show_the_numbers(tmp_path, monkeypatch):
       assert text in shown, (terminal, text, shown)
 
 
+def test_of_a_policy_its_reward_and_how_far_it_is_are_shown(tmp_path, monkeypatch):
+  """On a terminal within 80 columns, to the time that is left."""
+  monkeypatch.setenv('COLUMNS', '80')
+  monkeypatch.setenv('TERM', 'xterm')
+  metrics = {'reward': -0.12345, 'kl': 0.01234, 'log_ratio': 2.6e-6}
+  for terminal in (False, True):
+    device, stream = Device(), io.StringIO()
+    stream.isatty = lambda terminal=terminal: terminal
+    given = {'flops_per_token': 1e6, 'peak': 1e12, 'stream': stream}
+    with watch(tmp_path / str(terminal), device, range(1, 401), **given) as w:
+      for step in range(1, 11):
+        w.step(step, {'loss': device.run(step, 0.5, 2.25)} | metrics, tokens=123_456)
+    shown = stream.getvalue()
+    said = ('reward -0.123', 'KL 0.012', 'drift 3e-06', '247k tok/s', '0:03:15 left')
+    if not terminal:
+      said = ('loss 2.25', 'reward -0.1235', 'KL 0.012', 'log ratio 2.6e-06', '247k tokens/s')
+    for text in said:
+      assert text in shown, (terminal, text, shown)
+    assert ('loss' in shown) != terminal
+
+
 def test_device_memory_is_shown_where_known(monkeypatch):
   class Chip:
     stats = {'peak_bytes_in_use': 60, 'bytes_limit': 80}
