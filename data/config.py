@@ -55,7 +55,7 @@ class SourceConfig:
     format: '' for documents; of records to tune on, which fields they have: 'chat', 'sharegpt',
       'alpaca' or 'completion' (objective.kind='sft', 'distil_sft'), 'pair' ('seq2seq'), 'label'
       ('classify', 'classify_head'), 'preference' ('preference', 'reward'), 'judged' ('kto') or
-      'prompt' ('grpo', 'ppo', 'gkd'), those of a T5 by the same ('grpo_seq2seq'); see
+      'prompt' ('grpo', 'ppo', 'gkd'), those of a T5 by the same ('kto_seq2seq'); see
       data/records.py.
     columns: of records, where a field has another name in the file: 'prompt=question'.
     weight: this source's share of the training examples, relative to the other sources' weights.

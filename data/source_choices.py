@@ -14,6 +14,7 @@ S, T lengths of a row's sources and targets
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -64,9 +65,13 @@ class SourceChoiceWriter:
 
   def example(self, place: str, record: PreferenceRecord) -> SourceChoice:
     """Raises ValueError, naming the place, for messages, and for what is empty."""
+    answers = {'chosen': record.chosen, 'rejected': record.rejected}
+    return self.made(place, answers, record.margin)
+
+  def made(self, place: str, answers: Mapping[str, Any], margin: float) -> SourceChoice:
+    """Of two answers, by what errors call them."""
     made = []
-    for side in ('chosen', 'rejected'):
-      answer = getattr(record, side)
+    for side, answer in answers.items():
       if not isinstance(answer, TextRecord):
         raise ValueError(
           f'{place}: messages are what decoders read; an encoder-decoder takes a prompt and '
@@ -77,7 +82,7 @@ class SourceChoiceWriter:
     (source, chosen), (_, rejected) = (
       np.split(pair.ids, [int(pair.scored.argmax())]) for pair in made
     )
-    return SourceChoice.of(source, chosen, rejected, record.margin, made[0].kept)
+    return SourceChoice.of(source, chosen, rejected, margin, made[0].kept)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,7 @@ class SourceChoiceSettings(PairSettings):
   formats = ('preference',)
   sides = SIDES
   notes = 3
+  differ = True  # whether one answer tells nothing beside itself
 
   def __post_init__(self):
     super().__post_init__()
@@ -122,7 +128,7 @@ class SourceChoiceSettings(PairSettings):
   def fitted(self, example, config, reserved=0):
     source, chosen, rejected = example.parts
     length, target_length = self.room(config)
-    if np.array_equal(chosen, rejected):
+    if self.differ and np.array_equal(chosen, rejected):
       return Fitted(None, dropped='answers_are_the_same')
     if len(chosen) + len(rejected) > target_length:
       return Fitted(None, dropped='answer_too_long')

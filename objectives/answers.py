@@ -160,7 +160,7 @@ class OfAnswers(OfChoices):
     kind, remedy = 'an encoder', 'use a decoder'
     if network.encoder_layers:
       kind = 'an encoder-decoder'
-      remedy = "use a decoder, or for two targets of a source objective.kind='preference_seq2seq'"
+      remedy = f"use a decoder, or for targets of a source objective.kind='{self.kind}_seq2seq'"
     raise NotImplementedError(
       f'objective.kind={self.kind!r} compares what a decoder writes, and {name!r} with '
       f'model.causal={network.causal}, model.encoder_layers={network.encoder_layers} is {kind}; '

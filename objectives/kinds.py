@@ -19,6 +19,7 @@ KINDS = {
   'preference': 'objectives.preference.Preference',
   'preference_seq2seq': 'objectives.preference_seq2seq.PreferenceSeq2Seq',
   'kto': 'objectives.kto.KTO',
+  'kto_seq2seq': 'objectives.preference_seq2seq.KTOSeq2Seq',
   'span_corruption': 'objectives.denoise.SpanCorruption',
   'masked_lm': 'objectives.denoise.MaskedLM',
   'reward': 'objectives.reward.Reward',

@@ -22,8 +22,8 @@ SIDES = ('wanted', 'unwanted')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KTO(OfAnswers, JudgedSettings):
-  """Packed answers that were judged (data/judged.py), all alike; equation 7 of the paper. The
+class Judging(OfAnswers):
+  """Answers that were judged, all alike, whoever reads them; equation 7 of the paper. The
   divergence that rewards are compared with is that of a whole batch, from answers to other prompts.
 
   Attributes:
@@ -31,18 +31,16 @@ class KTO(OfAnswers, JudgedSettings):
       one kind, the other's times their number should be 1 to 4/3 of this one's.
   """
 
-  kind: str = 'kto'
   main_passes = 1.0  # in `prepare`
   wanted_weight: float = 1.0
   unwanted_weight: float = 1.0
 
   def __post_init__(self):
     super().__post_init__()
-    JudgedSettings.__post_init__(self)
     self._check_least(wanted_weight=0, unwanted_weight=0)
     if self.reference == NONE:
       raise ValueError(
-        "objective.kind='kto' measures how far a policy is from its reference, and "
+        f'objective.kind={self.kind!r} measures how far a policy is from its reference, and '
         "objective.reference='none' is none; use 'begun', or the directory of a run"
       )
 
@@ -147,3 +145,14 @@ class KTO(OfAnswers, JudgedSettings):
     del prepared
     said = {f'validation_{name}': float(value) for name, value in self._means(sums).items()}
     return {'validation_loss': sums['loss'] / sums['pairs'], **said}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KTO(Judging, JudgedSettings):
+  """Packed answers of a decoder (data/judged.py)."""
+
+  kind: str = 'kto'
+
+  def __post_init__(self):
+    super().__post_init__()
+    JudgedSettings.__post_init__(self)

@@ -282,6 +282,7 @@ def test_the_default_is_one_model_trained_whole():
     'preference',
     'preference_seq2seq',
     'kto',
+    'kto_seq2seq',
     'span_corruption',
     'masked_lm',
     'reward',
