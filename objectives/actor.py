@@ -28,7 +28,8 @@ class Actor:
     config: of the policy as it generates (decode.generating.generating).
     rows: answers that are written side by side, at least; as many as fill the mesh evenly are.
     prompt: tokens of a prompt at most. new: of an answer.
-    group: answers to a prompt, whose prompt is read once on each part of the mesh that has some.
+    group: answers to a prompt, whose prompt is read once on each part of the mesh that has some,
+      for those that begin together: all of them, where rows are for all.
     temperature: at which they are drawn; of prompts without a seed the likeliest tokens are taken.
   Raises NotImplementedError and ValueError as decode.engine.Engine.
   """

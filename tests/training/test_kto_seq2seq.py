@@ -70,6 +70,7 @@ def by_hand(policy, reference):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_step_is_the_absolute_step(source):
   run = with_reference(Run(config(source, MADE)), 10)
   batch, prepared = rows_of(run.config)

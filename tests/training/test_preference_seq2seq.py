@@ -104,6 +104,7 @@ def test_it_is_the_loss_of_each_pair_alone(source):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_gradient_is_the_slope(source, one_device):
   run = with_reference(Run(config(source)))
   batch, _ = rows_of(run.config)

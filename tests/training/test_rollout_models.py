@@ -1,4 +1,6 @@
-"""Do a policy's reference and its critic begin as the run that the config names?"""
+"""Is a rollout as the config says: do reference and critic begin as the run that it names, and are
+answers the same ones, however many are written side by side?
+"""
 
 import dataclasses
 
@@ -7,7 +9,32 @@ import numpy as np
 import pytest
 
 from tests.training.conftest import assert_close, run_here
-from tests.training.test_rollouts import CRITICAL, FAMILY, asked, config, metrics_of, policy_of
+from tests.training.test_rollouts import (
+  CRITICAL,
+  FAMILY,
+  Started,
+  asked,
+  config,
+  metrics_of,
+  policy_of,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_so_many_rows_side_by_side_change_no_answer(tmp_path):
+  """Of groups of four, in rows for one and a half of them, which some join later than others."""
+  batches = []
+  for rows in (0, 6):
+    made = config(asked(tmp_path), dataclasses.replace(FAMILY, rollout_rows=rows))
+    with Started(made, tmp_path) as run:
+      run.rollouts.take(run.state)
+      assert run.stage._actor._engine.sizes.rows == (rows or 16)
+      batches.append(run.rollouts._batch)
+  whole, few = batches
+  for name in ('tokens', 'targets', 'weights', 'scores'):
+    np.testing.assert_array_equal(getattr(whole, name), getattr(few, name), err_msg=name)
+  np.testing.assert_allclose(whole.behaviour, few.behaviour, atol=2e-5)
 
 
 @pytest.mark.slow
