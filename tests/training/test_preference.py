@@ -132,6 +132,7 @@ def test_a_step_is_the_absolute_step(source, one_device, objective):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_gradient_is_the_slope(source, one_device):
   """Of every variant, of pairs in packed rows."""
   run = with_reference(Run(config(source)))
