@@ -5,9 +5,10 @@ group, as experts want them.
 `blocked`: a scan over blocks of rows of one group each, at most 1.25 times the ideal work
 (kernels.grouped_blocks). `pallas_tpu`: a kernel that computes what rows there are
 (kernels.grouped_matmul_tpu). `auto`: that on a TPU where it takes the operands, else `blocked`;
-which it is is printed once. `lax.ragged_dot` is not among them: XLA expands it to a product per
-group and row, E times the work, on GPU always and on TPU for the gradient of the matrices up to jax
-0.10.2 (benchmarks/grouped_matmul.py). A kernel for GPUs is not there yet.
+which it is is printed once (on a CPU not: there is nothing else). `lax.ragged_dot` is not among
+them: XLA expands it to a product per group and row, E times the work, on GPU always and on TPU for
+the gradient of the matrices up to jax 0.10.2 (benchmarks/grouped_matmul.py). A kernel for GPUs is
+not there yet.
 
 M rows · E groups · D width of a row · F width of a product
 """
@@ -87,18 +88,20 @@ def grouped_matmul(
 
 def chosen(x, w, backend: str) -> str:
   """The backend of these operands: what `auto` means on the platform that is compiled for is said
-  once. Raises ValueError for one that is unknown.
+  once, but for a CPU, which has no choice. Raises ValueError for one that is unknown.
   """
   if names.check('grouped_matmul backend', backend, ('auto', *BACKENDS)) != 'auto':
     return backend
-  if mesh.platform() != 'tpu':
-    return 'blocked'
-  refusal = names.imported('kernels.grouped_matmul_tpu.refusal')(x, w, automatic=True)
-  return _said('blocked' if refusal else 'pallas_tpu', refusal)
+  platform = mesh.platform()
+  if platform == 'tpu':
+    refusal = names.imported('kernels.grouped_matmul_tpu.refusal')(x, w, automatic=True)
+    return _said('blocked' if refusal else 'pallas_tpu', platform, refusal)
+  return _said('blocked', platform, 'want of a kernel') if platform == 'gpu' else 'blocked'
 
 
 @functools.cache
-def _said(chosen: str, why: str) -> str:
+def _said(backend: str, platform: str, why: str) -> str:
   if jax.process_index() == 0:
-    print(f"experts: 'auto' is {chosen!r} on a tpu{why and f' for {why}'}", file=sys.stderr)
-  return chosen
+    reason = f' for {why}' if why else ''
+    print(f"experts: 'auto' is {backend!r} on a {platform}{reason}", file=sys.stderr)
+  return backend

@@ -81,6 +81,12 @@ def refusal(x, w, automatic: bool = False) -> str:
     return f'matrices of {K} x {N}, not multiples of {LANES}'
   if steps_of(x, w) is None:
     return f'{K} inputs, of which {LANES} outputs do not fit vector memory'
+  # Whether there will be a gradient is not known here, and where rows have one it is too late.
+  if steps_of(x, w, transposed=True) is None:
+    return (
+      f'matrices of {K} x {N}, of whose {N} outputs the gradient of {LANES} inputs does not fit '
+      'vector memory'
+    )
   return ''
 
 

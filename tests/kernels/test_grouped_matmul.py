@@ -183,8 +183,46 @@ def test_auto_is_the_kernel_on_tpus_for_what_it_takes(monkeypatch, capsys):
   said = capsys.readouterr().err
   assert "'pallas_tpu'" in said and 'rows in float32' in said and '96 x 512' in said
   monkeypatch.setattr(gm.mesh, 'platform', lambda: 'gpu')
-  assert gm.chosen(x, w, 'auto') == 'blocked'
+  assert gm.chosen(x, w, 'auto') == gm.chosen(x, w, 'auto') == 'blocked'
+  assert capsys.readouterr().err == "experts: 'auto' is 'blocked' on a gpu for want of a kernel\n"
+  monkeypatch.setattr(gm.mesh, 'platform', lambda: 'cpu')
+  assert gm.chosen(x, w, 'auto') == 'blocked' and capsys.readouterr().err == ''
   gm._said.cache_clear()
+
+
+@pytest.mark.parametrize(
+  'kind, K, N, refused',
+  [
+    # Mixtral's and Llama 4's matrices: Mixtral's first ones fit a v4 forward, and not backward.
+    ('TPU v4', 4096, 14336, 'of whose 14336 outputs the gradient'),
+    ('TPU v4', 14336, 4096, '14336 inputs, of which 128 outputs'),
+    ('TPU v4', 5120, 8192, 'of whose 8192 outputs the gradient'),
+    ('TPU v4', 4096, 1792, ''),
+    ('TPU v5', 4096, 14336, ''),
+    ('TPU v5', 4096, 28672, 'of whose 28672 outputs the gradient'),
+    ('TPU v6 lite', 4096, 28672, ''),
+  ],
+)
+def test_what_could_not_be_differentiated_is_refused(kind, K, N, refused, monkeypatch):
+  """By vector memory: of 512 rows and of 128 columns of a matrix, each twice, of the results,
+  twice, and of a chunk of 256 of these in f32, no more than 7/8 are there.
+  """
+  for name, value in STEPS.items():
+    monkeypatch.setattr(gt, name, value)
+  monkeypatch.setattr(gt.target, 'kind', lambda: kind)
+  x = jax.ShapeDtypeStruct((16384, K), jnp.bfloat16)
+  w = jax.ShapeDtypeStruct((2, K, N), jnp.bfloat16)
+  why = gt.refusal(x, w, automatic=True)
+  assert refused in why and bool(why) == bool(refused)
+
+  def least(inputs):
+    return 2 * 2 * (512 * inputs + 128 * (inputs + 512)) + 4 * 256 * 128
+
+  memory = {'TPU v4': 16, 'TPU v5': 64, 'TPU v6 lite': 128}[kind] << 20
+  assert (max(least(K), least(N)) <= memory * 7 / 8) == (not refused)
+  if not refused:
+    dy = jax.ShapeDtypeStruct((16384, N), jnp.bfloat16)
+    assert gt.steps_of(x, w) and gt.steps_of(dy, w, transposed=True)
 
 
 FAULTS = {
