@@ -181,9 +181,11 @@ def _layer(x, segments, routing, experts, *, moe, activation, axes, dtype, backe
   # Where no shards are gathered, pieces buy little: compiled for v5p, layers of Mixtral take 27%
   # less to 3% more memory whole than in pieces, which compute 30% more with remat 'none'.
   columns = max(PIECE, WHOLE // (len(routing['router']) * experts['up'].shape[0]))
-  pieces = _pieces(experts['up'].shape[2], columns) if axes.shards else 1
+  F = experts['up'].shape[2]
+  pieces = _pieces(F, columns) if axes.shards else 1
   compute = functools.partial(_in_pieces, activation=activation, gather=gather, pieces=pieces)
-  dispatch = functools.partial(DISPATCHES[moe.dispatch], moe=moe, axes=axes, backend=backend)
+  grouped = dict(backend=backend, columns=F // pieces)
+  dispatch = functools.partial(DISPATCHES[moe.dispatch], moe=moe, axes=axes, **grouped)
   y = dispatch(x, expert, gates, experts, compute=compute)
   # Of padding zeros anyway, but its gradient may hold anything, too.
   y = jnp.where(real[:, None], y.astype(x.dtype), 0).reshape(B, T, D)
@@ -255,13 +257,14 @@ def _losses(logits, scores, choices, real, moe, axes):
   }
 
 
-def dense(x, expert, gates, experts, *, moe, compute, axes, backend):
+def dense(x, expert, gates, experts, *, moe, compute, axes, backend, columns):
   """Every expert computes every token: obviously right.
 
   All dispatches take and give the same, but for what capacity drops.
 
   x [n, D] · expert [n, k], E for nowhere · gates [n, k], f32, 0 for nowhere
-  experts: stored weights by name, of those here. backend: of grouped products, where there are any.
+  experts: stored weights by name, of those here. backend, columns: of grouped products, where there
+    are any, and how many columns of the feed-forward width they compute at once.
   Returns the sum over k of gate * expert, f32 [n, D]: a part of it where F is split, over
   axes.columns.
   """
@@ -291,10 +294,11 @@ def dense(x, expert, gates, experts, *, moe, compute, axes, backend):
   )
 
 
-def dropless(x, expert, gates, experts, *, moe, compute, axes, backend):
+def dropless(x, expert, gates, experts, *, moe, compute, axes, backend, columns):
   """Each choice is computed, whatever the routing: on one device at once, on several in rounds."""
   # Of an exchange's slots those are filled that a balanced routing needs.
-  run = functools.partial(_sorted, compute=compute, backend=backend, filled=expert.size)
+  grouped = dict(backend=backend, columns=columns, filled=expert.size)
+  run = functools.partial(_sorted, compute=compute, **grouped)
   if not axes.experts:
     # First choices before second ones: a sum over the first dimension is of whole registers.
     y = run(x, gates.T.reshape(-1), expert.T.reshape(-1), experts)
@@ -305,7 +309,7 @@ def dropless(x, expert, gates, experts, *, moe, compute, axes, backend):
   return in_rounds(run, exchange, x, gates, experts, rounds)
 
 
-def capacity(x, expert, gates, experts, *, moe, compute, axes, backend):
+def capacity(x, expert, gates, experts, *, moe, compute, axes, backend, columns):
   """Each expert computes C slots of each device, filled or not.
 
   The caller has sent to nowhere what does not fit.
@@ -326,15 +330,17 @@ def capacity(x, expert, gates, experts, *, moe, compute, axes, backend):
 DISPATCHES = {'dense': dense, 'dropless': dropless, 'capacity': capacity}
 
 
-def _sorted(rows, gates, expert, experts, *, compute, backend, filled):
+def _sorted(rows, gates, expert, experts, *, compute, backend, columns, filled):
   """Rows, each through its experts [M] and times their gates [M]: [M, D]. Of several choices all
   rows' first ones come first.
 
   One grouped product per weight, of rows sorted by expert.
   E of E experts is none: it yields zeros where the gate is 0, and is computed only if E is 1.
   """
-  E, up = experts['up'].shape[0], experts['up']
-  if E == 1 and chosen(rows, up, backend) != 'pallas_tpu':  # which leaves empty slots out
+  E = experts['up'].shape[0]
+  # What is multiplied: gathered, a piece at a time, and not as it is stored.
+  matrices = jax.ShapeDtypeStruct((E, rows.shape[1], columns), rows.dtype)
+  if E == 1 and chosen(rows, matrices, backend) != 'pallas_tpu':  # which leaves empty slots out
     return compute(rows[None], experts, _each, gates[None])[0]
   # Sorted, an expert's rows lie side by side, those of none at the end: one product for all experts
   # goes through them group by group, and none is filled up to the size of the largest.
