@@ -342,8 +342,9 @@ class Links:
     and on the network between them.
 
     Across slices it is done in two stages: within each, then each member exchanges its part with
-    its peers in the others. Latencies are not counted. Raises ValueError where it crosses a network
-    whose bandwidth is not tabled.
+    its peers in the others; of an all-to-all, which has nothing in common with its neighbours',
+    all that is for other slices. Latencies are not counted. Raises ValueError where it crosses a
+    network whose bandwidth is not tabled.
     """
     if not c.nbytes:
       return 0.0, 0.0
@@ -371,7 +372,8 @@ class Links:
     if inside == 1:
       return 0.0, c.nbytes * share(slices) / network
     within = max(c.nbytes * share(inside) / self.bandwidth(near), self._through_cuts(c, near))
-    return within, c.nbytes * share(slices) / inside / network
+    sharing = 1 if 'all-to-all' in c.kind else inside
+    return within, c.nbytes * share(slices) / sharing / network
 
   @property
   def _link(self) -> float:
