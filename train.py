@@ -478,12 +478,10 @@ class RunCost(NamedTuple):
 
 def costs(config: configs.Config, make_state, prepared) -> RunCost:
   """On the devices here."""
-  device = jax.devices()[0]
-  cores = getattr(device, 'num_cores', None) if device.platform == 'tpu' else None
   return RunCost(
     params.count(jax.eval_shape(make_state).models[config.objective.main]),
     names.imported('training.spent.flops_per_token')(config, prepared.document_length),
-    hardware.lookup(device.device_kind, cores),
+    hardware.of_device(jax.devices()[0]),
   )
 
 

@@ -61,6 +61,11 @@ class Chip:
   network: float | None = None
   usable: float | None = None
 
+  @property
+  def available(self) -> float:
+    """Bytes of main memory that a program can have of one jax device."""
+    return (self.usable or self.hbm_bytes) / self.devices
+
 
 # A chip a row: its name, jax's names for its kind, and a value a column; -: none, or not published.
 _TPUS = """
@@ -143,6 +148,12 @@ def lookup(device_kind: str, device_cores: int | None = None) -> Chip | None:
       'pass device.num_cores of a TPU device, or nothing'
     )
   return dataclasses.replace(chip, devices=chip.cores // device_cores)
+
+
+def of_device(device) -> Chip | None:
+  """The chip that a jax device is of, one of a topology too; None for one that is not tabled."""
+  cores = getattr(device, 'num_cores', None) if device.platform == 'tpu' else None
+  return lookup(device.device_kind, cores)
 
 
 def peak(chip: Chip | None, dtype) -> float | None:

@@ -26,8 +26,6 @@ def ms_per_token(
   mesh = make_mesh(MeshConfig(data=1, tensor=len(devices)), devices)
   config.check_parameters(dict(mesh.shape))
   lowered, _ = aot.decode(config, mesh, rows, context, weights)
-  device = devices[0]
-  cores = device.num_cores if device.platform == 'tpu' else None
-  chip = hardware.lookup(device.device_kind, cores)
+  chip = hardware.of_device(devices[0])
   module = Module(lowered.compile().as_text())
   return roofline.predict(module, mesh, chip, config.execution.dtype).seconds / CHUNK * 1e3

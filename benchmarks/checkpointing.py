@@ -59,7 +59,7 @@ def compiled(config, device: jax.Device):
     flops=module.flops(),
   )
   if device.platform != 'cpu':
-    chip = hardware.lookup(device.device_kind, device.num_cores)
+    chip = hardware.of_device(device)
     figures['seconds'] = roofline.predict(module, mesh, chip, config.model.execution.dtype).seconds
   return program, (make_state, shapes, mesh), figures
 

@@ -250,7 +250,7 @@ def measure(
       - parameters * (2 if way.trains else 1)
     )
     if device:
-      chip = hardware.lookup(device.device_kind, device.num_cores)
+      chip = hardware.of_device(device)
       predicted = roofline.predict(module, mesh, chip, config.execution.dtype)
       return dict(memory=memory, flops=predicted.flops, seconds=predicted.seconds, calls=calls)
     operations, seconds = module.flops(), math.nan

@@ -33,7 +33,7 @@ def measure(topology: str, rows: int, grid: str) -> dict:
     device, temporary = compiled(topology, rows, grid)
     blocks = bundles.kernels(directory)['quantised_matmul']
   inputs, outputs = sizes(grid)
-  body, chip = max(blocks, key=lambda block: block.bundles), hardware.lookup(device.device_kind)
+  body, chip = max(blocks, key=lambda block: block.bundles), hardware.of_device(device)
   clock = chip.clock * (chip.cores // chip.devices)  # of cores, which share the outputs
   stored = SIZE * SIZE // (2 if BITS[grid] else 1) + 4 * SIZE * SIZE // GROUP
   return {
@@ -118,10 +118,10 @@ def write(results: dict[str, dict]) -> None:
   """Bundles of a number into kernels/coded.json, in the place of what it has of these chips."""
   from kernels import tuning
 
-  table = json.loads(tuning.CODED.read_text()) if tuning.CODED.exists() else {}
+  table = json.loads(tuning.CODED_TABLE.read_text()) if tuning.CODED_TABLE.exists() else {}
   for name, of in results.items():
     table.setdefault(of['kind'], {})[name.split()[1]] = float(f'{of["bundles_of_a_number"]:.3g}')
-  files.replace(tuning.CODED, json.dumps(table, indent=1) + '\n')
+  files.replace(tuning.CODED_TABLE, json.dumps(table, indent=1) + '\n')
 
 
 if __name__ == '__main__':

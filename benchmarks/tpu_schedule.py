@@ -188,7 +188,7 @@ def measure(jobs: list[dict]) -> list[dict]:
 
 def chip_of(topology: str):
   device = aot.topology(topology)[0]
-  return device.device_kind, hardware.lookup(device.device_kind, device.num_cores)
+  return device.device_kind, hardware.of_device(device)
 
 
 def cycles(

@@ -48,9 +48,7 @@ def compile_step(topology):
     mesh = make_mesh(config.mesh, devices)
     lowered, state = lower_step(config, mesh)
     compiled = lowered.compile()
-    chip = hardware.lookup(
-      devices[0].device_kind, devices[0].num_cores if devices[0].platform == 'tpu' else None
-    )
+    chip = hardware.of_device(devices[0])
     return Step(config, mesh, chip, state, compiled, compiled.as_text())
 
   return compile_step

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from analysis import hardware
+from kernels import grouped_matmul_tpu, tuning
+from parallel import compiler
 
 # units x FLOPs per unit and clock x clock: TPU cores x matrix units x 128^2 x 2,
 # GPU SMs x dense bf16 FLOPs per clock.
@@ -77,6 +79,29 @@ def test_no_kind_is_tabled_twice():
 def test_unknown_hardware_has_no_peak(kind):
   assert hardware.lookup(kind) is None
   assert hardware.peak(hardware.lookup(kind), 'bfloat16') is None
+
+
+def test_tables_below_this_one_know_the_same_chips():
+  """Kernels and compiler options, which cannot ask this one, have some of its facts themselves."""
+  tpus = {kind: chip for chip in hardware.CHIPS if chip.torus for kind in chip.kinds}
+  assert tpus.keys() == compiler.GENERATIONS.keys()
+  for kind, generation in compiler.GENERATIONS.items():
+    assert tpus[kind].name == f'TPU {generation.removeprefix("tpu")}'
+  for kind in tuning.VMEM:
+    chip = tpus[kind]
+    assert (kind in grouped_matmul_tpu.TWO_CORES) == (chip.cores // chip.devices == 2)
+  assert {tpus[kind] for kind in tuning.VMEM} == set(tpus.values())
+
+
+def test_the_chip_of_a_device_is_known_by_its_cores():
+  def device(**fields):
+    return type('Device', (), fields)()
+
+  split = device(platform='tpu', device_kind='TPU v5', num_cores=1)
+  assert hardware.of_device(split) == hardware.lookup('TPU v5', 1) != hardware.lookup('TPU v5')
+  gpu = device(platform='gpu', device_kind='NVIDIA H200')
+  assert hardware.of_device(gpu) is hardware.lookup('NVIDIA H200')
+  assert hardware.of_device(device(platform='cpu', device_kind='cpu')) is None
 
 
 def test_peak_is_per_jax_device():
