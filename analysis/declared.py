@@ -4,6 +4,7 @@ Bundles are of tables (kernels.tuning), made with the compiler: they bound what 
 below, as the roofline of what it declares does.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -79,10 +80,10 @@ def attention_seconds(module: Module, computation: str, i: Instruction, chip: Ch
   return tiles * (step.whole + step.masked) / 2 / (chip.clock * cores)
 
 
-def grouped_seconds(i: Instruction, chip: Chip) -> float | None:
+def grouped_seconds(module: Module, computation: str, i: Instruction, chip: Chip) -> float | None:
   """What the matrix unit takes for the rows that one of the experts' kernels declares, by the
-  bundles of its chunks (kernels.tuning); None for another kernel. Raises LookupError for one
-  without an entry.
+  bundles of its chunks (kernels.tuning), and where matrices are bytes, to make numbers of them
+  before; None for another kernel. Raises LookupError for one without an entry.
   """
   kernel = re.search(GROUPED, i.name)  # behind which derivative it is
   if kernel is None:
@@ -93,7 +94,16 @@ def grouped_seconds(i: Instruction, chip: Chip) -> float | None:
     raise LookupError(
       f'experts: no bundles are tabled for a {chip.name}, so their FLOPs at the peak'
     )
-  return declared(i).flops / (chip.bfloat16 / chip.devices * share)
+  shapes = [module[computation, name].shape for name in i.operands]
+  # Rows in f32 are multiplied in six passes of bfloat16.
+  passes = 6 if any(shape.startswith('f32[') and len(dims(shape)) == 2 for shape in shapes) else 1
+  seconds = passes * declared(i).flops / (chip.bfloat16 / chip.devices * share)
+  for shape in shapes:
+    if shape.startswith('s8['):
+      # Of each matrix once, before its first rows: nothing is multiplied meanwhile.
+      cores = chip.cores // chip.devices  # which share the outputs
+      seconds += math.prod(dims(shape)) * _bundles_of('int8', chip) / (chip.clock * cores)
+  return seconds
 
 
 def coded_seconds(module: Module, computation: str, i: Instruction, chip: Chip) -> float | None:
@@ -106,11 +116,17 @@ def coded_seconds(module: Module, computation: str, i: Instruction, chip: Chip) 
   shapes = [module[computation, name].shape for name in i.operands]
   codes = next(shape for shape in shapes if shape.partition('[')[0] in GRIDS)
   grid, (_, stored, outputs) = GRIDS[codes.partition('[')[0]], dims(codes)
+  bundles = _bundles_of(grid, chip)
+  blocks, numbers = dims(i.shape)[0], stored * outputs * (2 if grid == 'int4' else 1)
+  cores = chip.cores // chip.devices  # which share the outputs
+  return blocks * numbers * bundles / (chip.clock * cores)
+
+
+def _bundles_of(grid: str, chip: Chip) -> float:
+  """Bundles that a number takes which is made of a code."""
   bundles = next(filter(None, (tuning.coded_bundles(kind, grid) for kind in chip.kinds)), None)
   if bundles is None:
     raise LookupError(
       f'products of {grid}: no bundles are tabled for a {chip.name}, so their bytes at the peak'
     )
-  blocks, numbers = dims(i.shape)[0], stored * outputs * (2 if grid == 'int4' else 1)
-  cores = chip.cores // chip.devices  # which share the outputs
-  return blocks * numbers * bundles / (chip.clock * cores)
+  return bundles

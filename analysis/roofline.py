@@ -343,7 +343,7 @@ class _Walk:
       if seconds is not None:
         self._assume('products of codes: the bundles that make numbers of them')
         return seconds
-      seconds = grouped_seconds(i, self.chip)
+      seconds = grouped_seconds(self.module, computation, i, self.chip)
     except LookupError as error:
       self._assume(str(error))
       return 0.0

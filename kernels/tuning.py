@@ -14,8 +14,8 @@ import pathlib
 
 TILE = 1024
 TABLE = pathlib.Path(__file__).with_name('tuning.json')
-GROUPED = TABLE.with_name('grouped.json')
-CODED = TABLE.with_name('coded.json')
+GROUPED_TABLE = TABLE.with_name('grouped.json')
+CODED_TABLE = TABLE.with_name('coded.json')
 VMEM = {
   'TPU v4': 16 << 20,
   'TPU v5 lite': 128 << 20,
@@ -53,26 +53,25 @@ def lookup(kind: str, direction: str, width: int) -> Tuning | None:
 
   kind: jax's device_kind. None for an unknown kind, and for heads wider than all entries.
   """
-  cells = _table()['steps'].get(kind, {}).get(direction, {})
+  cells = _read(TABLE)['steps'].get(kind, {}).get(direction, {})
   fitting = [entry for entry in sorted(map(int, cells)) if entry >= width]
   return Tuning(**cells[str(fitting[0])], vmem=VMEM[kind]) if fitting else None
 
 
 @functools.cache
-def _table() -> dict:
-  return json.loads(TABLE.read_text())
+def _read(path: pathlib.Path) -> dict:
+  return json.loads(path.read_text()) if path.exists() else {}
 
 
 def grouped_share(kind: str, kernel: str) -> float | None:
   """Of the matrix unit's peak, by bundles, that a kernel of kernels.grouped_matmul_tpu reaches;
   None for an unknown kind.
   """
-  shares = json.loads(GROUPED.read_text())['shares'].get(kind, {}) if GROUPED.exists() else {}
-  return shares.get(kernel)
+  return _read(GROUPED_TABLE).get('shares', {}).get(kind, {}).get(kernel)
 
 
 def coded_bundles(kind: str, grid: str) -> float | None:
   """Bundles of a step of kernels.quantised_matmul_tpu for each number that it makes of codes, of a
   few rows; grid: 'int4' or 'int8'. None for an unknown kind.
   """
-  return json.loads(CODED.read_text()).get(kind, {}).get(grid) if CODED.exists() else None
+  return _read(CODED_TABLE).get(kind, {}).get(grid)

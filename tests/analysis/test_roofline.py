@@ -21,8 +21,7 @@ from parallel.mesh import MeshConfig, make_mesh
 def one(topology, name):
   """A mesh of one device of a topology, and its chip."""
   device = topology(name)[0]
-  chip = hardware.lookup(device.device_kind, device.num_cores if device.platform == 'tpu' else None)
-  return make_mesh(MeshConfig(), [device]), chip
+  return make_mesh(MeshConfig(), [device]), hardware.of_device(device)
 
 
 def product(mesh, size):
@@ -107,6 +106,34 @@ def test_experts_take_what_share_of_the_matrix_unit_their_bundles_leave(
   assert ('TPU v5 lite', 'grouped_rows') in asked
   words = 'rows of a balanced routing' if share else 'no bundles are tabled'
   assert words in found.assumptions[0]
+
+
+GROUPED = """HloModule m, is_scheduled=true
+ENTRY %main (n: s32[9], x: ROWS[64,1024], w: MATRICES[4,1024,2048]) -> ROWS[64,2048] {
+  %n = s32[9]{0} parameter(0)
+  %x = ROWS[64,1024]{1,0} parameter(1)
+  %w = MATRICES[4,1024,2048]{2,1,0} parameter(2)
+  ROOT %grouped_forward.3 = ROWS[64,2048]{1,0} custom-call(%n, %x, %w), \
+custom_call_target="tpu_custom_call", backend_config={"custom_call_config":\
+{"cost_estimate":{"flops":"197000000","bytes_accessed":"1000"}}}
+}
+"""
+
+
+@pytest.mark.parametrize(
+  'rows, matrices, passes, made',
+  [('bf16', 'bf16', 1, 0), ('bf16', 's8', 1, 2**23), ('f32', 'f32', 6, 0), ('f32', 's8', 6, 2**23)],
+)
+def test_experts_in_bytes_take_what_makes_numbers_of_them(
+  topology, rows, matrices, passes, made, monkeypatch
+):
+  """Once of each number of all four matrices, besides the products; of f32 these are six."""
+  monkeypatch.setattr(tuning, 'grouped_share', lambda *_: 0.5)
+  monkeypatch.setattr(tuning, 'coded_bundles', lambda *_: 0.001)
+  mesh, chip = one(topology, 'v5e:2x2')
+  text = GROUPED.replace('ROWS', rows).replace('MATRICES', matrices)
+  predicted = roofline.predict(text, mesh, chip)
+  assert predicted.kernels == pytest.approx(passes * 2e-6 + made * 0.001 / chip.clock)
 
 
 CODES = """HloModule m, is_scheduled=true
