@@ -115,14 +115,14 @@ def child(directory: str) -> None:
     )
     body, chip = bundles.bodies(blocks)[0], hardware.lookup(kind)
     ideal = step * 2 / (chip.bfloat16 / chip.cores) * chip.clock
-    found = {
+    measured = {
       'kind': kind,
       'bundles': body.bundles,
       'ideal': round(ideal),
       'share': min(1.0, ideal / body.bundles),
       'spills': body.uses.get('VSTORE:SPILL', 0.0),
     }
-    print(json.dumps(job | found), flush=True)
+    print(json.dumps(job | measured), flush=True)
 
 
 def measure(jobs: list[dict]) -> list[dict]:
@@ -150,11 +150,11 @@ def main():
     )
     results += measure([dict(zip(fields, cell)) for cell in cells])
   for at in range(0, len(results), len(backends)):
-    found = results[at : at + len(backends)]
-    said = [f'{f["share"]:.0%}' if 'share' in f else 'does not compile' for f in found]
-    first = [found[0].get(name, '') for name in ('bundles', 'ideal', 'spills')]
-    product = 'F to D' if found[0]['outer'] else 'D to F'
-    names = [found[0][name] for name in ('topology', 'model', 'direction')]
+    peers = results[at : at + len(backends)]
+    said = [f'{of["share"]:.0%}' if 'share' in of else 'does not compile' for of in peers]
+    first = [peers[0].get(name, '') for name in ('bundles', 'ideal', 'spills')]
+    product = 'F to D' if peers[0]['outer'] else 'D to F'
+    names = [peers[0][name] for name in ('topology', 'model', 'direction')]
     rows.append([*names, product, *said, *first])
   commands.table(
     'Share of the matrix unit, by bundles',
@@ -170,26 +170,39 @@ def main():
     ],
     rows,
   )
-  for found in results:
-    if 'error' in found:
-      said = ', '.join(str(found[name]) for name in fields)
-      print(f'does not compile: {said}: {found["error"]}')
-  if options.write:
-    write(results)
+  for of in results:
+    if 'error' in of:
+      said = ', '.join(str(of[name]) for name in fields)
+      print(f'does not compile: {said}: {of["error"]}')
   commands.write_json(options.json, 'grouped_schedule', results)
+  if options.write:
+    with commands.mendable():
+      write(results)
 
 
 def write(results: list[dict]) -> None:
-  """The smallest share of each kernel, of the kinds of TPU that were asked for."""
-  table = json.loads(tuning.GROUPED.read_text()) if tuning.GROUPED.exists() else {'shares': {}}
+  """The smallest share of each kernel, of the kinds of TPU that were asked for. Raises ValueError
+  where a product of one of MODELS is missing: what is smallest of the others says too much.
+  """
+  measured = [of for of in results if of['backend'] == BACKENDS[0] and 'share' in of]
+  names = 'topology', 'model', 'outer', 'direction'
+  there = {tuple(of[name] for name in names) for of in measured}
+  wanted = itertools.product({of['topology'] for of in results}, MODELS, (False, True), KERNELS)
+  for cell in sorted({*wanted} - there):
+    said = ', '.join(f'{name} {value}' for name, value in zip(names, cell))
+    raise ValueError(
+      f'--write needs every product of {", ".join(MODELS)}, and {said} is missing; leave --models '
+      f'and --backends as they are. {tuning.GROUPED_TABLE} stays as it is'
+    )
+  path = tuning.GROUPED_TABLE
+  table = json.loads(path.read_text()) if path.exists() else {'shares': {}}
   table['made with'] = {name: commands.machine()[name] for name in ('jax', 'libtpu')}
   shares: dict[str, dict[str, float]] = {}
-  for found in results:
-    if found['backend'] == BACKENDS[0] and 'share' in found:
-      cells, name = shares.setdefault(found['kind'], {}), KERNELS[found['direction']][0]
-      cells[name] = min(cells.get(name, 1.0), round(found['share'], 3))
+  for of in measured:
+    cells, name = shares.setdefault(of['kind'], {}), KERNELS[of['direction']][0]
+    cells[name] = min(cells.get(name, 1.0), round(of['share'], 3))
   table['shares'] |= shares
-  files.replace(tuning.GROUPED, json.dumps(table, indent=1) + '\n')
+  files.replace(path, json.dumps(table, indent=1) + '\n')
 
 
 if __name__ == '__main__':
