@@ -78,6 +78,9 @@ SEARCH = flags.DEFINE_bool(
   'Compile a small set of meshes, remat policies, microbatches and compiler options; print them, '
   'fastest first.',
 )
+NEAREST = flags.DEFINE_bool(
+  'nearest', True, 'Of a step that does not fit, look for the nearest change that does.'
+)
 JSON = flags.DEFINE_string('json', '', 'Write what was found to this file.')
 DOLLARS = flags.DEFINE_float(
   'dollars_per_chip_hour', None, 'Price; without one no cost is printed.', lower_bound=0
@@ -100,6 +103,7 @@ class Plan:
       prompts, or CHUNK tokens of every row.
     config: with the mesh's sizes resolved. chip: what a device belongs to. devices: of the mesh.
     problem: why the compiler refused, '' where it did not; then memory and prediction are None.
+      After REFUSED: whatever the memory.
     held: bytes of the arguments by name, known in any case.
     row: tokens of one that a step trains on, or a prefill reads.
     tokens, model_flops: of a run, on all devices. collectives: each as found.
@@ -123,11 +127,16 @@ class Plan:
   @property
   def available(self) -> float:
     """Bytes of main memory that a program can have of a device."""
-    return (self.chip.usable or self.chip.hbm_bytes) / self.chip.devices
+    return self.chip.available
 
   @property
   def fits(self) -> bool:
     return self.memory is not None and self.memory.peak <= self.available
+
+  @property
+  def refused(self) -> bool:
+    """Whether it cannot be planned, for another reason than memory."""
+    return self.problem.startswith(REFUSED)
 
   @property
   def seconds(self) -> float:
@@ -266,11 +275,10 @@ def resolved(config: configs.Config, devices: list[jax.Device]) -> configs.Confi
 
 def chip_of(devices: list[jax.Device]) -> hardware.Chip:
   """The chip that devices are of. Raises ValueError for one that is not tabled."""
-  device = devices[0]
-  chip = hardware.lookup(device.device_kind, device.num_cores if device.platform == 'tpu' else None)
+  chip = hardware.of_device(devices[0])
   if chip is None:
     raise ValueError(
-      f'device kind {device.device_kind!r} is not in analysis/hardware.py; add its peaks there'
+      f'device kind {devices[0].device_kind!r} is not in analysis/hardware.py; add its peaks there'
     )
   return chip
 
@@ -296,19 +304,24 @@ def nearest_that_fits(plan: Plan, devices: list[jax.Device], log=print) -> Plan 
 
 
 ALONE = 'parameters, optimizer state and gradients alone take'
+REFUSED = 'cannot be planned: '
 
 
 def attempt(config: configs.Config, devices: list[jax.Device]) -> Plan:
   """The plan for training; without compiling where parameters,
-  optimizer state and gradients alone are too much.
+  optimizer state and gradients alone are too much. What cannot be planned is a `problem`, too:
+  other candidates may be.
   """
   sizes = enough.state_bytes(config, make_mesh(config.mesh, devices))
   chip, least = chip_of(devices), sum(sizes.values())
   problem = f'{ALONE} {least / 1e9:.2f} GB'
-  refused = Plan(
-    'train', config, chip, len(devices), 1, problem, sizes, None, 1, 0.0, [], None, 0.0
-  )
-  return refused if least > refused.available else make_plan(config, devices)
+  short = Plan('train', config, chip, len(devices), 1, problem, sizes, None, 1, 0.0, [], None, 0.0)
+  if least > short.available:
+    return short
+  try:
+    return make_plan(config, devices)
+  except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+    return dataclasses.replace(short, problem=REFUSED + (str(error).splitlines() or [''])[0])
 
 
 def more_chips(plan: Plan) -> str:
@@ -332,7 +345,8 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
 
   All meshes with the config's own remat policy and microbatches; then, on the SEARCHED best ones,
   the other policies, each with the fewest microbatches that fit; then, of the best of all, the
-  other tables of compiler options. Raises ValueError where no mesh divides the config's sizes.
+  other tables of compiler options. Raises ValueError where no mesh divides the config's sizes, and
+  where nothing can be planned.
   """
   config = resolved(config, devices)
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
@@ -354,9 +368,11 @@ def search(config: configs.Config, devices: list[jax.Device], log=print) -> list
   ]
 
   def order(plan):
-    return not plan.fits, plan.seconds
+    return not plan.fits, plan.seconds, plan.refused
 
   ranked.sort(key=order)
+  if ranked and ranked[0].refused:
+    raise ValueError(f'of {len(ranked)} meshes all are refused; the first {ranked[0].problem}')
   for plan in ranked[:SEARCHED]:
     for policy in candidates.policies(config):
       candidate = candidates.change(plan.config, policy=policy)
@@ -393,9 +409,8 @@ def make_served(
     log(f'  {rows} rows of {context:,} tokens, what {modes.DOES[mode]}: {verdict}')
     return made
 
-  available = (chip.usable or chip.hbm_bytes) / chip.devices
   mesh = make_mesh(config.mesh, devices)
-  return serve(config.model, mesh, plan, available, rows, context, weights)
+  return serve(config.model, mesh, plan, chip.available, rows, context, weights)
 
 
 def main(arguments):
@@ -445,18 +460,12 @@ def main(arguments):
       plan, extra = plans[0], {'candidates': [p.to_dict() for p in plans]}
     elif MODE.value == modes.SERVE:
       print('compiling servers:', flush=True)
-      found = make_served(
-        config,
-        devices,
-        BATCH.value,
-        CONTEXT.value,
-        WEIGHTS.value,
-        functools.partial(print, flush=True),
-      )
-      plan, extra = found.write, {'read': found.read.to_dict(), 'times': found.times()}
-      extra['rows'], extra['context'] = found.rows, found.context
+      asked = BATCH.value, CONTEXT.value, WEIGHTS.value
+      server = make_served(config, devices, *asked, functools.partial(print, flush=True))
+      plan, extra = server.write, {'read': server.read.to_dict(), 'times': server.times()}
+      extra['rows'], extra['context'] = server.rows, server.context
       # Prompts are read between, which is another program.
-      rate = found.times().get('tokens/s', 0.0)
+      rate = server.times().get('tokens/s', 0.0)
     else:
       plan = make_plan(
         config, devices, MODE.value, BATCH.value, CONTEXT.value, weights=WEIGHTS.value
@@ -466,8 +475,8 @@ def main(arguments):
     cost = tables.cost(plan, DOLLARS.value, WATTS.value, rate)
     tables.show(plan, cost)
     if MODE.value == modes.SERVE:
-      tables.served(found)
-    if not plan.fits and MODE.value == 'train' and not SEARCH.value:
+      tables.served(server)
+    if not plan.fits and MODE.value == 'train' and NEAREST.value and not SEARCH.value:
       print('\nlooking for the nearest change that fits:', flush=True)
       other = nearest_that_fits(plan, devices, functools.partial(print, flush=True))
       print('add ' + candidates.flags(plan.config, other.config) if other else more_chips(plan))

@@ -250,7 +250,10 @@ def served(found) -> None:
 
 def ranking(config, plans) -> None:
   """Prints what a search found, in the order given."""
-  table = _table('candidates, fastest first', 'flags', 'step', 'MFU', 'GB', 'bound by')
+  table = _table(
+    'candidates, fastest first', 'flags', 'step', 'MFU', 'GB', 'bound by', 'compiled with'
+  )
+  compiled_with = set()
   for plan in plans:
     name = candidates.flags(config, plan.config) or '(as given)'
     if plan.fits:
@@ -260,12 +263,26 @@ def ranking(config, plans) -> None:
         '?' if plan.mfu is None else f'{plan.mfu:.1%}',
         f'{plan.memory.peak / GB:.2f}',
         plan.prediction.bound,
+        plan.compiled_with.table,
       )
+      compiled_with.add(plan.compiled_with.table)
     else:
       table.add_row(
-        name, '-', '-', f'{plan.memory.peak / GB:.2f}' if plan.memory else '-', 'does not fit'
+        name,
+        '-',
+        '-',
+        f'{plan.memory.peak / GB:.2f}' if plan.memory else '-',
+        'cannot be planned' if plan.refused else 'does not fit',
+        '-',
       )
-  _console().print(table)
+  console = _console()
+  console.print(table)
+  if len(compiled_with) > 1:
+    console.print(
+      'Not all are compiled with the same options: train.compiler=auto has some for meshes that '
+      "were tried (docs/plans.md), and other tables were tried on the best alone. One with 'none' "
+      'may stand too low; --config.train.compiler=none compares all as the compiler comes.'
+    )
 
 
 def json_able(values):
