@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import names
 from parallel import target
+from parallel.mesh import AXES
 
 # A step of generation is hundreds of kernels of a few microseconds. As CUDA graphs, its loop and
 # branches included, the GPU starts them itself: bench_1b, one row, on an H200, 1.82 to 1.39 ms a
@@ -71,7 +72,9 @@ OFFLOADED = (
 AUTO, NONE = 'auto', 'none'
 TABLES = {'vmem': (VMEM,), 'fused': (VMEM, *FUSED), 'offloaded': (VMEM, *OFFLOADED)}
 
-# jax's names of chips that the tables are for, and which have SparseCores.
+REASONS = {(option.name, option.value): option.why for table in TABLES.values() for option in table}
+
+# jax's names of chips that the tables are for, and those whose SparseCores one is for.
 GENERATIONS = {
   'TPU v4': 'v4',
   'TPU v5 lite': 'v5e',
@@ -83,8 +86,8 @@ GENERATIONS = {
   'TPU7x': 'tpu7x',
 }
 SPARSE = ('v5p', 'v6e', 'tpu7x')
-# The best table by the compiler's schedule (docs/plans.md); of a generation and a kind of mesh that
-# are not here, none: what was not tried is left as it comes.
+# The best table by the compiler's schedule, of Llama 3 8B (docs/plans.md); of a generation and a
+# kind of mesh that are not here, none: what was not tried is left as it comes.
 BEST: dict[tuple[str, str], str] = {
   ('v5p', 'fsdp'): 'offloaded',
   ('v6e', 'fsdp'): 'offloaded',
@@ -99,11 +102,8 @@ class ChosenOptions(NamedTuple):
 
 
 def kind_of(sizes: Mapping[str, int]) -> str:
-  """The kind of a mesh: the axis whose collectives are the hardest to hide."""
-  for axis in ('stage', 'expert', 'context', 'tensor', 'fsdp', 'data'):
-    if sizes.get(axis, 1) > 1:
-      return axis
-  return 'one device'
+  """The kind of a mesh: the axes along which it splits anything, in their order."""
+  return ' x '.join(axis for axis in AXES if sizes.get(axis, 1) > 1) or 'one device'
 
 
 def parsed(entries: tuple[str, ...]) -> tuple[str, dict[str, str]]:
@@ -142,8 +142,8 @@ def chosen(entries: tuple[str, ...], device_kind: str, sizes: Mapping[str, int])
     )
   elif {*TABLES.get(table, ())} & {*OFFLOADED} and generation not in SPARSE:
     raise ValueError(
-      f"train.compiler={table!r} is for chips with SparseCores ({', '.join(SPARSE)}), and a "
-      f"{generation} has none; use 'fused'"
+      f'train.compiler={table!r} is for the SparseCores of {", ".join(SPARSE)}, not for a '
+      f"{generation}: a v5e has none, and on a v4's it was not tried; use 'fused'"
     )
   options = {option.name: option.value for option in TABLES.get(table, ())} | changes
   return ChosenOptions(table, {name: value for name, value in options.items() if value})
@@ -163,18 +163,20 @@ def tell(entries: tuple[str, ...], log: Callable[[str], None]) -> None:
   """Logs what the step is compiled with on the mesh in context, where anything is asked for.
   Raises ValueError for what the compiler does not know.
   """
-  found = here(entries)
-  if found.options:
-    check(found.options)
-    log(said(found))
+  asked = here(entries)
+  if asked.options:
+    check(asked.options)
+    log(said(asked))
 
 
-def said(found: ChosenOptions) -> str:
-  """A line of what a step is compiled with."""
-  if not found.options:
-    return f'compiler: {found.table!r}, as it comes'
-  values = ', '.join(f'{name}={value}' for name, value in found.options.items())
-  return f'compiler: {found.table!r} (--config.train.compiler=none: as it comes): {values}'
+def said(asked: ChosenOptions) -> str:
+  """What a step is compiled with, an option a line, and why."""
+  if not asked.options:
+    return f'compiler: {asked.table!r}, as it comes'
+  lines = [f'compiler: {asked.table!r} (--config.train.compiler=none: as it comes)']
+  for name, value in asked.options.items():
+    lines.append(f'  {name}={value}: {REASONS.get((name, value), "asked for by train.compiler")}')
+  return '\n'.join(lines)
 
 
 def check(options: Mapping[str, str]) -> None:

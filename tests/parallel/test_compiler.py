@@ -9,7 +9,7 @@ import plan
 from analysis import candidates
 from parallel import compiler
 from parallel.mesh import MeshConfig, make_mesh
-from tests.training.conftest import tiny
+from tests.training.conftest import run_here, tiny
 from training.config import TrainConfig
 from training.program import lower_step
 
@@ -18,7 +18,9 @@ FSDP, TENSOR = {'data': 1, 'fsdp': 8}, {'fsdp': 4, 'tensor': 2}
 
 
 def test_a_table_is_chosen_overridden_and_switched_off(monkeypatch):
-  monkeypatch.setattr(compiler, 'BEST', {('v6e', 'fsdp'): 'fused', ('v6e', 'tensor'): 'vmem'})
+  monkeypatch.setattr(
+    compiler, 'BEST', {('v6e', 'fsdp'): 'fused', ('v6e', 'fsdp x tensor'): 'vmem'}
+  )
 
   def of(*entries, sizes=FSDP, kind='TPU v6 lite'):
     return compiler.chosen(entries, kind, sizes)
@@ -29,6 +31,8 @@ def test_a_table_is_chosen_overridden_and_switched_off(monkeypatch):
   assert of('none') == ('none', {})
   # What was not tried is left as it comes: another chip, another mesh, no TPU.
   assert of('auto', sizes={'fsdp': 4, 'stage': 2}) == of('auto', sizes={}) == ('none', {})
+  # Replicas too, as of slices, whose sums are not those of fsdp alone.
+  assert of('auto', sizes={'fsdp': 4, 'data': 2}) == ('none', {})
   assert of('auto', kind='TPU v5') == of('auto', kind='cpu') == ('none', {})
   # One option more, another value, one less.
   assert of('auto', 'xla_x=1').options == fused | {'xla_x': '1'}
@@ -55,12 +59,13 @@ def test_a_config_refuses_what_is_no_option(entries, said):
 def test_a_table_is_for_the_chips_that_have_it():
   with pytest.raises(ValueError, match="options of XLA:TPU, and a cpu is none; use 'auto'"):
     compiler.chosen(('fused',), 'cpu', FSDP)
-  with pytest.raises(ValueError, match=r"SparseCores \(v5p, v6e, tpu7x\), and a v5e has none"):
+  with pytest.raises(ValueError, match='SparseCores of v5p, v6e, tpu7x, not for a v5e'):
     compiler.chosen(('offloaded',), 'TPU v5 lite', FSDP)
   assert {*compiler.SPARSE} < {*compiler.GENERATIONS.values()}
   for (generation, kind), table in compiler.BEST.items():
     device = next(k for k, v in compiler.GENERATIONS.items() if v == generation)
-    assert kind == compiler.kind_of({kind: 2}) and compiler.chosen((table,), device, FSDP).options
+    assert kind == compiler.kind_of(dict.fromkeys(kind.split(' x '), 2))
+    assert compiler.chosen((table,), device, FSDP).options
 
 
 def test_a_search_tries_each_set_of_options_once(monkeypatch):
@@ -95,6 +100,15 @@ def test_on_a_cpu_a_step_has_none():
     lowered.compile()
 
 
+def test_a_run_says_what_its_step_is_compiled_with(tmp_path, capsys):
+  """Before it looks for its text, which is not there."""
+  option = 'xla_backend_optimization_level=0'
+  config = tiny(train={'compiler': ('none', option)}, data={'cache_dir': str(tmp_path / 'cache')})
+  with pytest.raises(SystemExit, match='nowhere'):
+    run_here(config, tmp_path / 'run')
+  assert f'{option}: asked for by train.compiler' in capsys.readouterr().out
+
+
 def test_the_compiler_knows_every_option_of_the_tables(topology):
   devices = topology('v6e:2x2')
   lines = []
@@ -103,8 +117,18 @@ def test_the_compiler_knows_every_option_of_the_tables(topology):
       compiler.tell((table,), lines.append)
     with pytest.raises(ValueError, match="Failed to parse 'much'.*correct it"):
       compiler.tell(('none', f'{VMEM}=much'), lines.append)
-  assert len(lines) == len(compiler.TABLES) and f'{VMEM}=98304' in lines[0]
-  assert all(option.why for table in compiler.TABLES.values() for option in table)
+  assert len(lines) == len(compiler.TABLES)
+
+
+def test_each_option_is_said_with_its_reason():
+  for table, options in compiler.TABLES.items():
+    head, *said = compiler.said(compiler.chosen((table,), 'TPU v6 lite', FSDP)).splitlines()
+    assert repr(table) in head and '--config.train.compiler=none' in head
+    assert all(option.why for option in options)
+    assert said == [f'  {option.name}={option.value}: {option.why}' for option in options]
+  own = compiler.chosen(('vmem', f'{VMEM}=1'), 'TPU v6 lite', FSDP)
+  assert compiler.said(own).splitlines()[1:] == [f'  {VMEM}=1: asked for by train.compiler']
+  assert compiler.said(compiler.chosen((), 'cpu', FSDP)) == "compiler: 'none', as it comes"
 
 
 def test_a_plan_refuses_what_the_compiler_does_not_know(topology):
