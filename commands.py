@@ -5,6 +5,7 @@ a JSON file with the hardware.
 import argparse
 import contextlib
 import errno
+import functools
 import importlib.metadata
 import json
 import os
@@ -200,6 +201,7 @@ def machine() -> dict:
   }
 
 
+@functools.cache
 def gpus() -> list[str]:
   """Name, driver, memory and power limit of each NVIDIA GPU, as the driver's own tool says;
   [] where there is none.
@@ -247,10 +249,14 @@ def _digits(value: float) -> str:
   return f'{value:,.3g}' if abs(value) < 1000 else f'{value:,.0f}'
 
 
-def write_json(path: str, benchmark: str, results: dict) -> None:
-  """Writes the results with `machine()` to a file, and prints that; does nothing for path ''."""
+def write_json(path: str, benchmark: str, results: dict, partial: bool = False) -> None:
+  """Writes the results with `machine()` to a file, and prints that; does nothing for path ''.
+
+  partial: more is to come, so that nothing is printed: what ends this takes only what is missing.
+  """
   if path:
     files.replace(
       path, json.dumps({'benchmark': benchmark, 'machine': machine(), 'results': results}, indent=1)
     )
-    print(f'\nwrote {path}')
+    if not partial:
+      print(f'\nwrote {path}')

@@ -28,10 +28,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 import commands
 from benchmarks.attention_cases import DIRECTIONS, Case
-from benchmarks.gpu_environment import lacking
+from benchmarks.gpu_environment import LATE, lacking
 
 OURS = 'pallas_gpu'
 PEERS = {
@@ -116,8 +117,8 @@ class Timings:
       waiting = waiting[1:]
       if crashes == CRASHES or time.time() > ends or not waiting:
         break
-    why = 'skipped: no time left' if said is None else f'given up: {said}'
-    return results + [{'case': case.name, 'error': why} for case in waiting]
+    why = LATE if said is None else {'error': f'given up: {said}'}
+    return results + [{'case': case.name} | why for case in waiting]
 
   def _process(self, peer, waiting, ends, directory):
     """What one process reported, and its last words where it failed (None where it did not)."""
@@ -163,7 +164,8 @@ class Timings:
       return reports, None
     return reports, f'code {failed}, {said[-1][:200] if said else "no word"}'
 
-  def all_of(self, peers, directory: str) -> None:
+  def all_of(self, peers, directory: str, keep: Callable[[], None]) -> None:
+    """Asks each for all cases; `keep` is called after each."""
     for n, peer in enumerate(peers):
       began = time.time()
       answers = self.ask(peer, 1 / (len(peers) - n), directory)
@@ -174,6 +176,7 @@ class Timings:
       )
       if not measured:
         self.missing[peer] = next(result['error'] for result in self.found[peer].values())
+      keep()
 
 
 def rows_of(run: Timings, names: dict[str, str], peak: float, direction: str) -> list[list[str]]:
@@ -325,7 +328,14 @@ def main() -> int:
       )
       order = list(ON_A_CPU)
     run.found |= dict.fromkeys(PEERS, {})
-    run.all_of(order, directory)
+
+    def keep(**more):
+      whole = {'rehearsal': options.rehearse, 'device': peak, 'seed': run.seed}
+      whole['cases'] = {case.name: dataclasses.asdict(case) for case in run.wanted}
+      whole |= {'seconds': run.found, 'missing': run.missing} | more
+      commands.write_json(options.json, 'attention', whole, partial=not more)
+
+    run.all_of(order, directory, keep)
   show(run, names, peak['peak'], peak['kind'])
 
   def of(case):
@@ -342,19 +352,7 @@ def main() -> int:
     print(f'\nPARITY FAILS: {", ".join(failed)}')
   if options.rehearse:
     print('\na rehearsal: nothing here is a measurement')
-  commands.write_json(
-    options.json,
-    'attention',
-    {
-      'rehearsal': options.rehearse,
-      'device': peak,
-      'seed': run.seed,
-      'cases': {case.name: dataclasses.asdict(case) for case in run.wanted},
-      'seconds': run.found,
-      'missing': run.missing,
-      'parity fails': failed,
-    },
-  )
+  keep(**{'parity fails': failed})
   return 1 if failed else 0
 
 

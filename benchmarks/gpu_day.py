@@ -1,19 +1,20 @@
 """What is there to be measured on a GPU, and what of it in so many seconds?
 
-    python -m benchmarks.gpu_day [--budget 540] [--only masks,attention] [--json day.json]
+    python -m benchmarks.gpu_day [--budget 540] [--only masks,attention] [--json gpu_day.json]
     python -m benchmarks.gpu_day --rehearse
     python -m benchmarks.gpu_day --list
 
 Pieces, which --list names: each a benchmark of this folder, one after the other, in the order of
-their importance. What they found is written to --json after each. A piece that fails loses itself
-alone: its error is a line of the file, beside what it had found before, and the others go on. One
-that would not be over within the budget, by its estimate, is left out, which is said, with the
-command that runs all of those. One that takes twice its estimate, or all that is left, is ended.
-Ends with 1 where a piece failed.
+their importance. What they found is written to --json after each (without one, to a new file that
+is named). A piece that fails loses itself alone: its error is a line of the file, beside what it
+had found before, and the others go on. One that would not be over within the budget, by its
+estimate, is left out; one that takes twice its estimate, or all that is left, leaves out what it
+has not begun, or is ended. What is left out is said, with the command that runs all of it. Ends
+with 1 where a piece failed.
 
---rehearse runs all of it with toys on this CPU: it tests the harness and measures nothing. A
-machine needs jax, flax, optax and orbax, and what benchmarks.gpu_wheels lists; a piece that needs
-more (torch, transformers, trl) says what is missing.
+--rehearse runs all of it with toys on this CPU: it tests the harness, measures nothing, and writes
+nothing without --json. A machine needs jax, flax, optax and orbax, and what benchmarks.gpu_wheels
+lists; a piece that needs more (torch, transformers, trl) says what is missing.
 """
 
 import dataclasses
@@ -30,12 +31,13 @@ import time
 import commands
 import files
 from benchmarks import train_gpu, train_step
-from benchmarks.gpu_environment import lacking
+from benchmarks.gpu_environment import LATE, lacking
 from parallel import hosts
 
 TOY_SECONDS = 60.0  # what a piece of a rehearsal takes at most
 LONGER = 2.0  # times its estimate, after which a piece is ended
-LEAVING = 5.0  # seconds for what comes after the last piece
+LEAVING = 5.0  # seconds for what comes after the last piece, and of one after its last side
+FILE = 'gpu_day.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +164,8 @@ class Day:
   """Pieces, one after the other, and a file that always has what is known.
 
   Attributes:
-    pieces: by name, {'results', 'seconds', 'command'}, with an 'error' where it failed, or
-      {'left_out': why}.
+    pieces: by name, {'results', 'seconds', 'command'}, with an 'error' where it failed, and 'late',
+      how many of its sides had no time; or {'left_out': why}.
   """
 
   def __init__(self, budget: float, path: str = '', rehearsal: bool = False):
@@ -191,7 +193,7 @@ class Day:
   def _run(self, piece: DayPiece, seconds: float) -> dict:
     most = min(LONGER * seconds, self.left())
     command = shlex.split(piece.toy if self.rehearsal else piece.command)
-    command += [f'--budget={min(seconds, most):.0f}'] if piece.keeps else []
+    command += [f'--budget={most - LEAVING:.0f}'] if piece.keeps else []
     began = time.time()
     with tempfile.TemporaryDirectory() as directory:
       path = pathlib.Path(directory) / 'found.json'
@@ -204,7 +206,8 @@ class Day:
       taken['error'] = f'ended after {most:.0f} s'
     elif code:
       taken['error'] = f'code {code}: {reason(printed, said, bool(results))}'
-    return taken | {'results': results}
+    late = late_in(results)
+    return taken | ({'late': late} if late else {}) | {'results': results}
 
   def save(self) -> None:
     if self._path:
@@ -216,12 +219,14 @@ class Day:
     """What became of each piece, and what to run for those that are missing."""
     rows = []
     for name, taken in self.pieces.items():
-      said = taken.get('left_out') or taken.get('error') or 'measured'
+      late = taken.get('late', 0)
+      measured = 'measured' + (f', but for {late} of its sides: no time was left' if late else '')
+      said = taken.get('left_out') or taken.get('error') or measured
       rows.append([name, taken.get('seconds', '-'), said])
     print('\npieces')
     for name, seconds, said in rows:
       print(f'{name:16} {seconds!s:>6}  {said}')
-    missing = [name for name, taken in self.pieces.items() if 'left_out' in taken]
+    missing = [name for name, taken in self.pieces.items() if {'left_out', 'late'} & taken.keys()]
     if missing:
       more = f' --json {_beside(self._path)}' if self._path else ''
       print(f'\nnext: python -m benchmarks.gpu_day --only {",".join(missing)}{more}')
@@ -230,6 +235,20 @@ class Day:
 def _beside(path: str) -> str:
   """Another file's name: what is there stays."""
   return str(pathlib.Path(path).with_stem(pathlib.Path(path).stem + '_more'))
+
+
+def unused(path: str) -> str:
+  """The first of `_beside` names that no file has: a day is not written over another."""
+  while pathlib.Path(path).exists():
+    path = _beside(path)
+  return path
+
+
+def late_in(results) -> int:
+  """How many sides of a benchmark, at any depth of its results, had no time."""
+  if not isinstance(results, dict):
+    return 0
+  return int(results.get('error') == LATE['error']) + sum(map(late_in, results.values()))
 
 
 def ended(command: list[str], most: float) -> tuple[int | None, str, str]:
@@ -298,10 +317,12 @@ def main() -> int:
     return 0
   if options.rehearse:
     os.environ['JAX_PLATFORMS'] = 'cpu'
-  day = Day(options.budget, options.json, options.rehearse)
   platform, kind = train_gpu.device()
   if lacking(kind, platform, options.rehearse):
     return 1
+  path = options.json or ('' if options.rehearse else unused(FILE))
+  day = Day(options.budget, path, options.rehearse)
+  print(f'after each piece written: {path or "nothing"}')
   # As an interruption, so that what runs is ended, too.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   for piece in pieces:

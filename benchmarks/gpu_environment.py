@@ -17,6 +17,7 @@ from benchmarks.attention_cases import seconds_of
 SIZE, TOY = 8192, 256
 CALLS = 20
 BUSY = 1.0  # seconds
+LATE = {'error': 'skipped: no time left'}  # of a side that a budget has no time for
 CLOCKS = 'clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used,ecc.mode.current'
 
 

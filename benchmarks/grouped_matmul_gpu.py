@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 import commands
-from benchmarks.gpu_environment import begun
+from benchmarks.gpu_environment import LATE, begun
 
 ERROR = 1e-2  # root mean square of the error over that of the exact values
 CHECKED = 3  # experts
@@ -155,17 +155,18 @@ def main() -> int:
     return 1
   options, device, ends = given
   setting, results = TOY if options.rehearse else Grouped(), {}
+  found = {'rehearsal': options.rehearse, 'device': device.device_kind}
+  found |= {'setting': dataclasses.asdict(setting), 'experts': results}
   for experts in setting.experts:
     results[experts] = {}
     for name in backends():
-      late = {'error': 'skipped: no time left'}
-      results[experts][name] = late if time.time() > ends else measure(name, experts, setting)
+      late = time.time() > ends
+      results[experts][name] = dict(LATE) if late else measure(name, experts, setting)
+      commands.write_json(options.json, 'grouped_matmul_gpu', found, partial=True)
   wrong = show(results, device.device_kind, setting)
   if wrong:
     print(f'\nNOT THE PRODUCTS: {"; ".join(wrong)}')
-  found = {'rehearsal': options.rehearse, 'device': device.device_kind, 'wrong': wrong}
-  found |= {'setting': dataclasses.asdict(setting), 'experts': results}
-  commands.write_json(options.json, 'grouped_matmul_gpu', found)
+  commands.write_json(options.json, 'grouped_matmul_gpu', found | {'wrong': wrong})
   return 1 if wrong else 0
 
 

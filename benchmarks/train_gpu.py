@@ -29,7 +29,7 @@ import time
 
 import commands
 from benchmarks import train_step
-from benchmarks.gpu_environment import lacking
+from benchmarks.gpu_environment import LATE, lacking
 
 LENGTHS = (4096, 16384)
 TOKENS = 16384
@@ -148,7 +148,7 @@ def measure(side: str, length: int, options, ends: float) -> dict:
   for flags in attempts:
     left = ends - time.time()
     if left < 10:
-      return {'error': 'skipped: no time left'}
+      return dict(LATE)
     try:
       run = train_step.in_process(
         'benchmarks.train_gpu',
@@ -181,7 +181,7 @@ def predict(side: str, length: int, topology: str = 'h100:1x1x1') -> dict:
   backend, packed = OURS[side]
   made = config(length, backend)
   mesh = make_mesh(made.mesh, aot.topology(topology))
-  chip = hardware.lookup(mesh.devices.flat[0].device_kind)
+  chip = hardware.of_device(mesh.devices.flat[0])
   with jax.set_mesh(mesh):
     make_state, step, shapes = train_step.tandem_step(made, packed)
     compiled = step.lower(params.abstract(make_state, mesh), shapes()).compile()
@@ -300,6 +300,11 @@ def main() -> int:
   from analysis import hardware
 
   results = {}
+
+  def keep(sides, **how):
+    whole = {'rehearsal': options.rehearse, 'device': kind, 'sides': sides}
+    commands.write_json(options.json, 'train_gpu', whole, **how)
+
   for side in options.sides.split(','):
     for length in LENGTHS[: 1 if options.quick else None]:
       why = NOT_ON_A_CPU.get(side) if options.rehearse else None
@@ -308,13 +313,12 @@ def main() -> int:
       results[f'{side} {length}'] = run
       speed = run.get('error') or f'{run["step_seconds"]:.3f} s a step'
       print(f'{side}, {length}: {speed}', flush=True)
+      keep(results, partial=True)
 
   show(results, None if options.rehearse else hardware.peak(hardware.lookup(kind), 'bfloat16'))
   if options.rehearse:
     print('\na rehearsal: nothing here is a measurement')
-  commands.write_json(
-    options.json, 'train_gpu', {'rehearsal': options.rehearse, 'device': kind, 'sides': results}
-  )
+  keep(results)
   return 0
 
 

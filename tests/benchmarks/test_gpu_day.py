@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -36,6 +37,9 @@ day = pathlib.Path(os.environ['DAY'])
 before = list(json.loads(day.read_text())['results']['pieces']) if day.exists() else []
 if told != ['crash']:
   open(path, 'w').write(json.dumps({'results': {'before': before, 'told': told}}))
+if told == ['late']:
+  sides = {'a': {'forward': 1.0}, 'b': {'error': 'skipped: no time left'}}
+  open(path, 'w').write(json.dumps({'results': {'sides': sides}}))
 if told == ['hang']:
   child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
   pathlib.Path(os.environ['CHILD']).write_text(str(child.pid))
@@ -111,8 +115,39 @@ def test_one_that_hangs_is_ended_with_all_that_it_started(day, tmp_path):
 
 def test_a_piece_that_keeps_a_budget_is_told_what_is_left(day, tmp_path):
   made = day(200.0)
-  made.take(piece('a', seconds=150.0, keeps=True))
-  assert made.pieces['a']['command'] == 'fake --budget=150'
+  made.take(piece('a', seconds=90.0, keeps=True))
+  # Twice its estimate, less what it takes to leave.
+  assert made.pieces['a']['command'] == 'fake --budget=175'
+  made.take(piece('b', seconds=150.0, keeps=True))
+  left = int(made.pieces['b']['command'].rpartition('=')[2])
+  assert 150 < left <= 190
+
+
+def test_sides_without_time_are_missing_though_their_piece_ended_well(day, capsys):
+  made = day(1e6)
+  made.take(piece('all', seconds=100.0))
+  made.take(piece('some', 'late', seconds=100.0))
+  assert 'late' not in made.pieces['all'] and made.pieces['some']['late'] == 1
+  made.show()
+  said = capsys.readouterr().out
+  assert re.search('some +[0-9.]+  measured, but for 1 of its sides: no time was left', said)
+  assert 'next: python -m benchmarks.gpu_day --only some --json' in said
+
+
+def test_a_day_is_kept_without_being_asked_for(day, tmp_path, monkeypatch, capsys):
+  """In a file of its own; a rehearsal writes none."""
+  day(0.0)  # the environment of its pieces
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(gpu_day, 'PIECES', (piece('a', seconds=100.0),))
+  monkeypatch.setattr(gpu_day.train_gpu, 'device', lambda: ('gpu', 'NVIDIA H200'))
+  monkeypatch.setattr(gpu_day.signal, 'signal', lambda *_: None)
+  monkeypatch.setattr(sys, 'argv', ['gpu_day'])
+  for name in ('gpu_day.json', 'gpu_day_more.json'):
+    assert gpu_day.main() == 0 and f'after each piece written: {name}' in capsys.readouterr().out
+    assert json.loads((tmp_path / name).read_text())['results']['pieces']['a']['results']
+  monkeypatch.setattr(sys, 'argv', ['gpu_day', '--rehearse'])
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  assert gpu_day.main() == 0 and not (tmp_path / 'gpu_day_more_more.json').exists()
 
 
 def test_pieces_are_chosen_by_name():
