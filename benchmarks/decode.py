@@ -11,10 +11,10 @@ third prints ms a token against the cache's capacity.
 
 On a CPU bench-30M (benchmarks.train_cpu) in f32, on a GPU bench_1b or llama3_8b in bfloat16; random
 weights, greedy, a prompt of 128 tokens and 256 new ones, none of which ends a row. Each side runs
-in a process of its own, in turn, `--runs` times; the best run counts. The bound: all weights and
-the cached tokens are read once a step, at the bandwidth of a sum over an array, of which every
-process measures its own; the median counts, because the best one is that of a moment (on a shared
-machine 81 GB/s once, where the others saw 43 to 51).
+in a process of its own, in turn, `--runs` times; the best run counts, and one that fails loses
+itself alone. The bound: all weights and the cached tokens are read once a step, at the bandwidth of
+a sum over an array, of which every process measures its own; the median counts, because the best
+one is that of a moment (on a shared machine 81 GB/s once, where the others saw 43 to 51).
 """
 
 import dataclasses
@@ -182,9 +182,13 @@ def by_capacity(name: str) -> None:
 
 
 def show(model: str, batch: int, runs: dict[str, list[dict]]) -> dict:
-  """Prints the best run of each side, and returns what was measured."""
-  best = {side: min(taken, key=lambda run: run['seconds']) for side, taken in runs.items()}
-  bandwidth = statistics.median(run['bandwidth'] for taken in runs.values() for run in taken)
+  """Prints the best run of each side that was measured, and returns what was."""
+  best = train_step.best_of(runs, 'seconds')
+  if not best:
+    return {'best': best, 'runs': runs}
+  bandwidth = statistics.median(
+    run['bandwidth'] for taken in runs.values() for run in taken if 'error' not in run
+  )
   rows = []
   for side, run in best.items():
     run['tokens_per_second'] = batch * NEW / run['seconds']
@@ -219,7 +223,7 @@ def show(model: str, batch: int, runs: dict[str, list[dict]]) -> dict:
   return {'best': best, 'runs': runs, 'bandwidth': bandwidth}
 
 
-def main():
+def main() -> int:
   arguments = commands.parser(__doc__)
   arguments.add_argument(
     '--model', default='bench_30m', help='toy, bench_30m, bench_1b, or one of configs/models'
@@ -234,7 +238,7 @@ def main():
   options = arguments.parse_args()
   if options.capacity:
     commands.write_json(options.json, 'decode_capacity', by_capacity(options.model))
-    return
+    return 0
   if options.run:
     side, batch = options.run.split(',')
     run = {
@@ -242,7 +246,7 @@ def main():
       'int8': lambda: ours(options.model, int(batch), 'int8'),
     }.get(side, lambda: theirs(options.model, int(batch), side))
     print(json.dumps(run()))
-    return
+    return 0
 
   results = {}
   for batch in map(int, options.batches.split(',')):
@@ -250,11 +254,20 @@ def main():
     for _ in range(options.runs):
       for side, taken in runs.items():
         flags = ['--model', options.model, '--run', f'{side},{batch}']
-        taken.append(train_step.in_process('benchmarks.decode', *flags, environment={}))
+        taken.append(train_step.attempted('benchmarks.decode', *flags, environment={}))
+        partly = results | {batch: {'runs': runs}}
+        commands.write_json(options.json, 'decode', partly, partial=True)
     results[batch] = show(options.model, batch, runs)
-    # After each, so that what ends this later does not take what is there.
-    commands.write_json(options.json, 'decode', results)
+  commands.write_json(options.json, 'decode', results)
+  failed = [
+    f'{line} ({batch} rows)'
+    for batch, of in results.items()
+    for line in train_step.failed(of['runs'])
+  ]
+  for line in failed:
+    print(line)
+  return int(bool(failed))
 
 
 if __name__ == '__main__':
-  main()
+  raise SystemExit(main())

@@ -7,14 +7,17 @@ Needs torch and transformers: make .venv/installed-oracle.
 
 bench-30M: vocabulary 8192, width 512, 8 layers, 8 heads, 4 kv heads, head width 64, feed-forward
 1408, f32, batch 8 x 512, AdamW, clipping. Each side runs in a process of its own, in turn, twice,
-with the same allocator settings (parallel/hosts.py); the better run counts. The machine's own f32
-GEMM rate, the faster library's, is the physical limit that both are held to.
+with the same allocator settings (parallel/hosts.py); the better run counts. A run that fails loses
+itself alone, and the command ends with 1. The machine's own f32 GEMM rate, the faster library's, is
+the physical limit that both are held to.
 """
 
 import json
 
 import commands
 from benchmarks import common, train_step
+
+NAMES = {'ours': 'Tandem', 'theirs': 'transformers + torch'}
 
 
 def config():
@@ -61,34 +64,24 @@ def theirs(steps: int) -> dict:
   return found | {'gemm': 2 * 2048**3 / common.seconds(lambda: a @ b, 20)}
 
 
-def main():
-  arguments = commands.parser(__doc__)
-  arguments.add_argument('--steps', type=int, default=8, help='timed steps of each run')
-  arguments.add_argument('--side', choices=('ours', 'theirs'), help='run one side in this process')
-  options = arguments.parse_args()
-  if options.side:
-    print(json.dumps({'ours': ours, 'theirs': theirs}[options.side](options.steps)))
-    return
+def show(runs: dict[str, list[dict]]) -> dict:
+  """Prints the better run of each side that was measured, and returns what they found."""
+  from model import flops
 
-  runs = {'ours': [], 'theirs': []}
-  for _ in range(2):
-    for side in runs:
-      flags = ['--side', side, '--steps', str(options.steps)]
-      environment = {'JAX_PLATFORMS': 'cpu'}
-      run = train_step.in_process('benchmarks.train_cpu', *flags, environment=environment)
-      runs[side].append(run)
-
-  best = {side: min(of, key=lambda run: run['step_seconds']) for side, of in runs.items()}
-  gemm = max(run['gemm'] for of in runs.values() for run in of)
-  needed = best['ours']['flops_per_token']
-  rows, data = [], config().data
-  for side, name in (('ours', 'Tandem'), ('theirs', 'transformers + torch')):
-    run = best[side]
-    run['tokens_per_second'] = data.batch_size * data.sequence_length / run['step_seconds']
+  best = train_step.best_of(runs, 'step_seconds')
+  if not best:
+    return {'best': best, 'runs': runs}
+  gemm = max(run['gemm'] for of in runs.values() for run in of if 'error' not in run)
+  made, rows = config(), []
+  needed = flops.train_flops_per_token(made.model, made.data.sequence_length)
+  for side, run in best.items():
+    run['tokens_per_second'] = (
+      made.data.batch_size * made.data.sequence_length / run['step_seconds']
+    )
     run['share_of_gemm'] = run['tokens_per_second'] * needed / gemm
     rows.append(
       [
-        name,
+        NAMES[side],
         run['tokens_per_second'],
         f'{run["share_of_gemm"]:.0%}',
         run['gemm'] / 1e9,
@@ -96,21 +89,44 @@ def main():
         run['first_step_seconds'],
       ]
     )
-  a, b = rows
-  rows.append(['ratio', a[1] / b[1], '', a[3] / b[3], a[4] / b[4], a[5] / b[5]])
+  found = {'best': best, 'runs': runs}
+  if len(best) == len(NAMES):
+    a, b = rows
+    rows.append(['ratio', a[1] / b[1], '', a[3] / b[3], a[4] / b[4], a[5] / b[5]])
+    found |= {'ratio': a[1] / b[1], 'memory_ratio': a[4] / b[4]}
 
+  parameters = next(iter(best.values()))['parameters']
   commands.table(
-    f'bench-30M, {best["ours"]["parameters"]:,} parameters, f32, batch {data.batch_size} x '
-    f'{data.sequence_length}',
+    f'bench-30M, {parameters:,} parameters, f32, batch {made.data.batch_size} x '
+    f'{made.data.sequence_length}',
     ['', 'tokens/s', 'of the fastest GEMM', 'own GEMM GFLOP/s', 'peak RSS GiB', 'first step s'],
     rows,
   )
-  commands.write_json(
-    options.json,
-    'train_cpu',
-    {'best': best, 'runs': runs, 'ratio': a[1] / b[1], 'memory_ratio': a[4] / b[4]},
-  )
+  return found
+
+
+def main() -> int:
+  arguments = commands.parser(__doc__)
+  arguments.add_argument('--steps', type=int, default=8, help='timed steps of each run')
+  arguments.add_argument('--side', choices=('ours', 'theirs'), help='run one side in this process')
+  options = arguments.parse_args()
+  if options.side:
+    print(json.dumps({'ours': ours, 'theirs': theirs}[options.side](options.steps)))
+    return 0
+
+  runs = {side: [] for side in NAMES}
+  for _ in range(2):
+    for side, taken in runs.items():
+      flags = ['--side', side, '--steps', str(options.steps)]
+      environment = {'JAX_PLATFORMS': 'cpu'}
+      taken.append(train_step.attempted('benchmarks.train_cpu', *flags, environment=environment))
+      commands.write_json(options.json, 'train_cpu', {'runs': runs}, partial=True)
+  commands.write_json(options.json, 'train_cpu', show(runs))
+  failed = train_step.failed(runs)
+  for line in failed:
+    print(line)
+  return int(bool(failed))
 
 
 if __name__ == '__main__':
-  main()
+  raise SystemExit(main())

@@ -73,12 +73,12 @@ def tandem(config, steps: int, packed: bool = True) -> dict:
     state, metrics, _ = train_step(state, batch)
     return float(metrics['loss'])
 
-  found = timed(step, steps) | {
+  timing = timed(step, steps) | {
     'parameters': params.count(state.models),
     'flops_per_token': flops.train_flops_per_token(config.model, T),
   }
   memory = jax.devices()[0].memory_stats() or {}
-  return found | {
+  return timing | {
     'device': jax.devices()[0].device_kind,
     'device_peak_bytes': memory.get('peak_bytes_in_use'),
   }
@@ -127,9 +127,9 @@ def transformers_torch(
     optimizer.zero_grad()
     return loss.item()
 
-  found = timed(step, steps) | {'parameters': sum(p.numel() for p in model.parameters())}
+  timing = timed(step, steps) | {'parameters': sum(p.numel() for p in model.parameters())}
   kind = torch.cuda.get_device_name() if gpu else 'cpu'
-  return found | {
+  return timing | {
     'device': kind,
     'device_peak_bytes': torch.cuda.max_memory_allocated() if gpu else None,
   }
@@ -200,6 +200,26 @@ def in_process(
   if process.returncode:
     raise RuntimeError(f'ended with code {process.returncode}: {reason(said)}')
   return json.loads(printed.splitlines()[-1]) | {'peak_bytes': memory.peak}
+
+
+def attempted(module: str, *arguments: str, environment: dict[str, str]) -> dict:
+  """The same, or {'error': why it failed}: what other sides found is still wanted."""
+  try:
+    return in_process(module, *arguments, environment=environment)
+  except RuntimeError as error:
+    return {'error': str(error)}
+
+
+def best_of(runs: dict[str, list[dict]], by: str) -> dict[str, dict]:
+  """Of each side that was measured the run with the least `by`."""
+  measured = {side: [run for run in taken if 'error' not in run] for side, taken in runs.items()}
+  return {side: min(taken, key=lambda run: run[by]) for side, taken in measured.items() if taken}
+
+
+def failed(runs: dict[str, list[dict]]) -> list[str]:
+  """Why runs failed, a line for each reason of a side."""
+  reasons = {(side, run['error']) for side, of in runs.items() for run in of if 'error' in run}
+  return [f'not measured: {side}: {error}' for side, error in sorted(reasons)]
 
 
 def reason(said: str) -> str:

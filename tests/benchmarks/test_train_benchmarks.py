@@ -14,7 +14,7 @@ import types
 import jax
 import pytest
 
-from benchmarks import train_cpu, train_gpu, train_step
+from benchmarks import decode, train_cpu, train_gpu, train_step
 from model import params, transformer
 
 
@@ -145,6 +145,48 @@ def test_a_process_that_fails_says_why_and_one_that_hangs_is_ended():
       environment={'JAX_PLATFORMS': 'cpu'},
       timeout=1,
     )
+
+
+def sides_of(module, fails, tmp_path, monkeypatch, found, flags=()):
+  """What the benchmark's file says where runs of one side fail, and what it said before each."""
+  path, seen = tmp_path / 'found.json', []
+
+  def in_process(_, *arguments, environment):
+    seen.append(json.loads(path.read_text())['results'] if path.exists() else {})
+    if fails in ' '.join(arguments):
+      raise RuntimeError('ended with code 1: ModuleNotFoundError: No module named torch')
+    return dict(found)
+
+  monkeypatch.setattr(train_step, 'in_process', in_process)
+  monkeypatch.setattr(sys, 'argv', ['benchmark', f'--json={path}', *flags])
+  assert module.main() == 1
+  return json.loads(path.read_text())['results'], seen
+
+
+def test_a_side_that_fails_on_a_cpu_loses_itself_alone(tmp_path, monkeypatch, capsys):
+  found = {
+    'step_seconds': 1.0,
+    'gemm': 1e11,
+    'peak_bytes': 2**31,
+    'first_step_seconds': 2.0,
+    'parameters': 32,
+  }
+  written, seen = sides_of(train_cpu, '--side theirs', tmp_path, monkeypatch, found)
+  assert written['best']['ours']['tokens_per_second'] == 4096 and 'theirs' not in written['best']
+  assert [len(said) for said in seen] == [0, 1, 1, 1] and len(seen[3]['runs']['ours']) == 2
+  said = capsys.readouterr().out
+  assert 'Tandem' in said and said.splitlines()[-1].startswith('not measured: theirs: ended with')
+
+
+def test_a_side_that_fails_to_generate_loses_itself_alone(tmp_path, monkeypatch, capsys):
+  found = {'seconds': 1.0, 'first_token': 0.1, 'ms_per_step': 4.0, 'bandwidth': 1e9, 'device': 'x'}
+  found |= {'peak_bytes': 2**31, 'read_bytes': 1e6}
+  flags = '--batches=1,2', '--sides=ours,static', '--runs=1'
+  written, seen = sides_of(decode, '--run static', tmp_path, monkeypatch, found, flags)
+  assert written['1']['best']['ours']['tokens_per_second'] == 256 and len(seen) == 4
+  assert seen[3]['2']['runs']['ours'] and 'best' not in seen[3]['2']
+  assert capsys.readouterr().out.count('not measured: static: ended with code 1') == 2
+  assert written['2']['runs']['static'][0]['error'].endswith('No module named torch')
 
 
 def test_the_table_is_of_what_was_measured(capsys):
