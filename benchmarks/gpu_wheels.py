@@ -9,9 +9,10 @@ The first lists them, the second downloads them by pip, for Linux on x86-64 and 
     PYTHONPATH=site python3 -m benchmarks.gpu_day --budget 540 --json day.json
 
 What is needed is what setup.cfg requires, and of its extras what --with names, and what those
-require in turn; without what the machine holds, and what those require. --held is names with
-commas between, or a file with all that `python3 -m pip list --format=freeze` prints there. Of what
-a package requires its wheel speaks, once it is downloaded, and before that the one installed here;
+require in turn; without what the machine holds, and what those require, unless it is there in a
+version that is not wanted. --held is names with commas between (by default jax, flax, optax and
+orbax), or a file with all that `python3 -m pip list --format=freeze` prints there. Of what a
+package requires its wheel speaks, once it is downloaded, and before that the one installed here;
 where there is none here, the list says so.
 """
 
@@ -23,9 +24,10 @@ import pathlib
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 import commands
@@ -44,11 +46,7 @@ THERE = {
   'platform_system': 'Linux',
   'platform_machine': 'x86_64',
 }
-# Of what setup.cfg asks for, what an image for jax and torch had (docs/measured.md).
-HELD = (
-  'jax==0.11.2,flax,optax,orbax-checkpoint,torch,transformers,sentencepiece,tokenizers,jinja2,'
-  'absl-py,jaxtyping,numpy,rich,matplotlib,cloudpickle,protobuf,pyyaml'
-)
+HELD = 'jax==0.11.2,flax,optax,orbax-checkpoint'  # the machine of docs/measured.md
 OPTIONAL = 'beartype,outlines-core'  # what tests/ check types with, and what a constraint needs
 # pip takes a wheel of exactly these tags.
 TAGS = [*(f'manylinux_2_{n}_x86_64' for n in range(39, 4, -1)), 'manylinux2014_x86_64']
@@ -90,24 +88,27 @@ def wanted(more: str) -> list[str]:
 
 
 def walk(
-  roots: Iterable[str], requires: Requires, without: Collection[str] = ()
+  roots: Iterable[str], requires: Requires, there: Mapping[str, Requirement] = {}
 ) -> tuple[dict[str, Requirement], list[str]]:
   """These requirements and what they require in turn there, by name, as they are met; and names of
   packages of which it is not known what they require.
 
-  What several ask of a version is put together. Names of `without` are left out, and with them what
-  only they require.
+  What several ask of a version is put together. What a machine holds (`there`, by name) is left
+  out, and with it what only that requires, unless it is of a version that someone does not want.
   """
-  met, unknown = {}, []
+  met, unknown, served = {}, [], {}
   waiting = collections.deque((Requirement(root), ['']) for root in roots)
   while waiting:
     requirement, extras = waiting.popleft()
     marker, name = requirement.marker, canonicalize_name(requirement.name)
     if marker and not any(marker.evaluate(THERE | {'extra': extra}) for extra in extras):
       continue
-    if name in without:
+    if name not in met and fits(there, requirement):
+      # Heeded all the same where another one wants a newer one.
+      served[name] = served.get(name, SpecifierSet()) & requirement.specifier
       continue
     requirement.marker = None
+    requirement.specifier &= served.pop(name, SpecifierSet())
     before = met.setdefault(name, requirement)
     if before is not requirement:
       before.specifier &= requirement.specifier
@@ -139,20 +140,18 @@ def holding(held: str) -> dict[str, Requirement]:
   return walk([line for line in lines if line.strip() and line[0] not in '#-'], lambda _: [])[0]
 
 
-def fits(there: dict[str, Requirement], line: str) -> bool:
-  """Whether the machine holds what a requirement wants, as far as its version is said."""
-  held, asked = there.get(named(line)), Requirement(line).specifier
-  versions = [s.version for s in held.specifier if s.operator == '=='] if held else []
-  return held is not None and all(asked.contains(version, prereleases=True) for version in versions)
+def fits(there: Mapping[str, Requirement], asked: Requirement) -> bool:
+  """Whether a machine holds what a requirement wants, as far as its version is said."""
+  held = there.get(canonicalize_name(asked.name))
+  if held is None:
+    return False
+  versions = [s.version for s in held.specifier if s.operator == '==' and '*' not in s.version]
+  return all(asked.specifier.contains(version, prereleases=True) for version in versions)
 
 
 def needed(held: str, more: str, requires: Requires = installed):
-  """What the machine still needs: see `walk`. What it holds in a version that setup.cfg does not
-  want is needed, too.
-  """
-  there, roots = holding(held), wanted(more)
-  unfit = {named(line) for line in roots if not fits(there, line)}
-  return walk(roots, requires, there.keys() - unfit)
+  """What the machine still needs: see `walk`."""
+  return walk(wanted(more), requires, holding(held))
 
 
 def wheels(to: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -16,8 +16,9 @@ REQUIRES = {
 }
 
 
-def walk(roots, without=()):
-  met, unknown = gpu_wheels.walk(roots, lambda r: REQUIRES.get(r.name.lower()), without)
+def walk(roots, *there):
+  there = {gpu_wheels.named(line): Requirement(line) for line in there}
+  met, unknown = gpu_wheels.walk(roots, lambda r: REQUIRES.get(r.name.lower()), there)
   return {name: str(r.specifier) for name, r in met.items()}, unknown
 
 
@@ -25,8 +26,17 @@ def test_what_is_needed_is_what_is_required_in_turn():
   met, unknown = walk(['a>=1'])
   assert met == {'a': '>=1', 'b': '>=2', 'd': '', 'e': '!=1.5,<3,>=1', 'f': ''} and not unknown
   # Of what the machine holds, what only that needs is not needed either.
-  assert walk(['a'], {'b', 'd'}) == ({'a': ''}, [])
+  assert walk(['a'], 'b', 'd==9') == ({'a': ''}, [])
   assert walk(['h', 'e']) == ({'h': '', 'e': ''}, ['h'])
+
+
+def test_what_is_held_in_a_version_that_someone_does_not_want_is_needed():
+  """Whoever asks, and be it a wheel's wheel; those who could live with it are heeded, too."""
+  assert walk(['a'], 'b==1.9', 'd==9')[0] == {'a': '', 'b': '>=2', 'e': '<3'}
+  assert walk(['a'], 'b==2', 'd==9')[0] == {'a': ''}
+  # b wants e below 3, which 2.5 is; f, that comes later, does not want 1.5.
+  assert walk(['a'], 'e==2.5')[0].keys() == {'a', 'b', 'd', 'f'}
+  assert walk(['a'], 'e==1.5')[0]['e'] == '!=1.5,<3,>=1'
 
 
 def test_nothing_that_setup_asks_for_is_neither_held_nor_listed():
