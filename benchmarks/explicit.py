@@ -38,6 +38,8 @@ def compiled(
     model=dataclasses.replace(config.model, layers=layers),
     mesh=MeshConfig(data=1, fsdp=-1, **mesh),
     data=dataclasses.replace(config.data, batch_size=len(devices)),
+    # As it comes: a table of options is of meshes, and would be of one of the two.
+    train=dataclasses.replace(config.train, compiler=('none',)),
   )
   made = plan.make_plan(config, devices, axis_type=axis_type)
   return {
