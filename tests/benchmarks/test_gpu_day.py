@@ -188,8 +188,14 @@ def test_without_a_gpu_it_says_so():
 
 
 @pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize('only', ['environment,masks,decode_1b,grouped_matmul', ''])
+@pytest.mark.parametrize(
+  'only',
+  [
+    'environment,masks',
+    pytest.param('environment,masks,decode_1b,grouped_matmul', marks=pytest.mark.long),
+    pytest.param('', marks=pytest.mark.long),
+  ],
+)
 def test_a_rehearsal_runs_all_of_it(only, tmp_path):
   path = tmp_path / 'day.json'
   done = subprocess.run(
