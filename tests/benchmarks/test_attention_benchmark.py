@@ -224,6 +224,12 @@ def test_a_peer_that_always_crashes_is_given_up_and_time_that_is_over_is_said():
   ]
 
 
+def test_what_a_peer_found_is_kept_before_the_next_one_is_asked():
+  run_, kept = Scripted([(4, None), (4, None)]), []
+  run_.all_of(['cudnn', 'flex'], '', lambda: kept.append([*run_.found]))
+  assert kept == [['cudnn'], ['cudnn', 'flex']]
+
+
 def test_what_skipping_is_worth():
   run_ = Scripted([])
   seconds = {

@@ -163,6 +163,21 @@ def sides_of(module, fails, tmp_path, monkeypatch, found, flags=()):
   return json.loads(path.read_text())['results'], seen
 
 
+def test_what_a_gpu_did_is_kept_before_the_next_side(tmp_path, monkeypatch):
+  path, seen = tmp_path / 'found.json', []
+
+  def measure(side, length, options, ends):
+    seen.append([*json.loads(path.read_text())['results']['sides']] if path.exists() else [])
+    return {'error': 'no memory'}
+
+  monkeypatch.setattr(train_gpu, 'measure', measure)
+  monkeypatch.setattr(train_gpu, 'device', lambda: ('gpu', 'NVIDIA H200'))
+  monkeypatch.setattr(
+    sys, 'argv', ['train_gpu', '--quick', '--sides=cudnn,torch', f'--json={path}']
+  )
+  assert train_gpu.main() == 0 and seen == [[], ['cudnn 4096']]
+
+
 def test_a_side_that_fails_on_a_cpu_loses_itself_alone(tmp_path, monkeypatch, capsys):
   found = {
     'step_seconds': 1.0,
