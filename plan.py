@@ -202,7 +202,9 @@ class Plan:
       'memory': dataclasses.asdict(self.memory) if known else None,
       'tokens': self.tokens,
       'model_flops': self.model_flops,
-      'collectives': [dataclasses.asdict(c) | {'group': None} for c in self.collectives],
+      'collectives': [
+        dataclasses.asdict(c) | {'group': None, 'pairs': None} for c in self.collectives
+      ],
       'prediction': tables.json_able(dataclasses.asdict(self.prediction)) if known else None,
       'mfu': self.mfu,
       'compile_seconds': self.compile_seconds,

@@ -8,6 +8,7 @@ start and a done run beside what stands between. libtpu has a second form: a fus
 Between slices it sends and receives: its runtime does what the send asks for.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -48,6 +49,7 @@ class Collective:
     group: devices of one group, as indices into mesh.devices.flat.
     rings: of one that a SparseCore runs, along how many one-way rings it does, each with its part
       of the bytes; 0: of a TensorCore.
+    pairs: of a permute within a slice all that run at once, as `group` is.
   """
 
   kind: str
@@ -59,6 +61,7 @@ class Collective:
   scope: str
   group: tuple[int, ...]
   rings: int = 0
+  pairs: tuple[tuple[int, ...], ...] = ()
 
   @property
   def total(self) -> int:
@@ -190,10 +193,11 @@ def find(
 
   numbers = _numbers(mesh)
   members = [tuple(numbers[n] for n in group) for group in groups(inner.attributes, len(numbers))]
+  pairs = ()
   if kind == 'collective-permute':
-    # Pairs of a device with itself move nothing. Of the others that one counts which goes furthest.
-    members = [pair for pair in members if pair[0] != pair[1]] or members[:1]
-    group, size = max(members, key=lambda pair: len(axes_of(pair, mesh))), 2
+    # Pairs of a device with itself move nothing. Of the others one names the axes.
+    pairs = tuple(pair for pair in members if pair[0] != pair[1])
+    group, size = max(pairs or members[:1], key=lambda pair: len(axes_of(pair, mesh))), 2
   else:
     group, size = members[0], len(members[0])
 
@@ -210,6 +214,7 @@ def find(
     inner.scope or i.scope,
     group,
     _rings(inner),
+    pairs,
   )
 
 
@@ -350,7 +355,9 @@ class Links:
       return 0.0, 0.0
     slices = len({self._place(self.mesh.devices.flat[i]) for i in c.group})
     if slices == 1:
-      within = max(c.nbytes / self.bandwidth(c.group), self._through_cuts(c, c.group))
+      within = max(
+        c.nbytes / self.bandwidth(c.group), self._through_cuts(c, c.group), self._over_links(c)
+      )
       return max(within, c.nbytes / (c.rings * self._link) if c.rings else 0.0), 0.0
     if self.chip.network is None:
       raise ValueError(
@@ -436,6 +443,31 @@ class Links:
         across = gap * (span // 2) * (span - span // 2) / span * operand
         times.append(across / links / self._link)
     return max(times)
+
+  def _over_links(self, c: Collective) -> float:
+    """Seconds of a permute on a torus: what takes the busiest link. Each pair's bytes go along one
+    dimension after the other, the shorter way round where it is a ring, half of them either way
+    where both are as long. 0 of all else.
+    """
+    chip = self.chip
+    if not c.pairs or not chip.torus or self.mesh.devices.flat[0].platform != 'tpu':
+      return 0.0
+    coords, sides = self._places(tuple(range(self.mesh.devices.size)))
+    taken = collections.Counter()
+    for source, target in c.pairs:
+      at = coords[source].tolist()
+      for dimension, (end, side) in enumerate(zip(coords[target].tolist(), sides.tolist())):
+        hops = end - at[dimension]
+        ways = [hops, hops - side, hops + side] if side % chip.wraps == 0 else [hops]
+        ways = [way for way in ways if abs(way) == min(map(abs, ways))]
+        for way in ways:
+          step, place = (1 if way > 0 else -1), at[dimension]
+          for n in range(abs(way)):
+            row = (*at[:dimension], (place + n * step) % side, *at[dimension + 1 :])
+            taken[row, dimension, step] += 1 / len(ways)
+        at[dimension] = end
+    # Devices of a chip share its links, of which `_link` is one's part.
+    return max(taken.values(), default=0.0) * c.nbytes / (self._link * chip.devices)
 
   def _places(self, group: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Where the members of a group sit, [members, dimensions], and the topology's sides."""

@@ -350,6 +350,12 @@ def test_an_all_to_all_of_a_ring_is_what_crosses_its_middle():
   assert flat.seconds(gather)[0] == pytest.approx(sent / 100e9)
 
 
+def test_a_permute_has_all_its_pairs(mesh):
+  function, *_ = CASES['collective-permute']
+  (found,) = schedule.collectives(compiled(function, mesh, P('data', 'tensor'), P()), mesh)
+  assert {frozenset(pair) for pair in found.pairs} == {frozenset((n, n + 1)) for n in (0, 2, 4, 6)}
+
+
 def test_between_slices_a_member_exchanges_its_part_or_it_raises():
   mesh = fake_mesh([*np.ndindex(2, 2)] * 2, (4, 2))
   for n, device in enumerate(mesh.devices.flat):
@@ -372,23 +378,6 @@ def test_between_slices_a_member_exchanges_its_part_or_it_raises():
     ValueError, match='no bandwidth between slices is tabled for a TPU v4; add it'
   ):
     schedule.Links(mesh, hardware.lookup('TPU v4')).seconds(reduce((0, 4), 8))
-
-
-def test_between_nodes_all_of_an_all_to_all_crosses():
-  """Of 32 parts that a GPU has 24 are for other nodes, whoever else is in its own."""
-  nodes = fake_mesh([(0, 0, 0)] * 32, (4, 8), platform='gpu')
-  for n, device in enumerate(nodes.devices.flat):
-    device.process_index = n // 8
-  chip = hardware.lookup('NVIDIA H100 80GB HBM3')
-  sent = schedule.sent('all-to-all', 2**30, 2**30, 32)
-  group = tuple(range(32))
-  exchange = schedule.Collective('all-to-all', ('expert',), 32, 1, sent, False, '', group)
-  near, far = schedule.Links(nodes, chip).seconds(exchange)
-  assert far == pytest.approx(2**30 * 24 / 32 / 50e9)
-  assert near == pytest.approx(2**30 * 7 / 8 / 450e9)
-  # What is gathered is the same for all of a node: each fetches a part.
-  gather = dataclasses.replace(exchange, kind='all-gather')
-  assert schedule.Links(nodes, chip).seconds(gather)[1] == pytest.approx(far / 8)
 
 
 def test_between_slices_a_program_sends_and_receives(topology):
