@@ -28,9 +28,8 @@ access = logging.getLogger('serving.access')
 log = logging.getLogger(__name__)
 
 LEAST_KEY = 16  # characters
-TRANSFER_SECONDS = (
-  60.0  # seconds in which a body has to come, and a piece of an answer has to be taken
-)
+# In which a body has to come, and a piece of an answer has to be taken.
+TRANSFER_SECONDS = 60.0
 AGAIN = 5.0  # seconds after which who was not served may try again
 GONE = 499  # the status in the log of who went before there was an answer; nginx's word
 # What balancers and clusters ask: without a key, and by an address instead of a name. Nothing of it
