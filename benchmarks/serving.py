@@ -347,19 +347,35 @@ def main() -> None:
       if {'vllm', 'transformers'} & {*sides}:
         export = ['convert.py', 'export', '--workdir', options.workdir, '--dtype', 'float32']
         subprocess.run([sys.executable, *export, '--to', f'{directory}/model'], check=True)
-      rate, runs = options.rate, {side: [] for side in sides}
-      for _ in range(options.runs):
-        for side, taken in runs.items():
-          flags = [*sys.argv[1:], f'--run={side}', f'--directory={directory}', f'--rate={rate}']
-          run = train_step.in_process(
-            'benchmarks.serving', *flags, environment=environment('tandem', 0)
-          )
-          rate = rate or run.get('rate', 0.0)
-          taken.append(run)
-    found = show(options, runs)
+      runs, failed = measured(options, sides, directory)
+    if not runs:
+      raise RuntimeError(f'no side was measured: {failed or "none is here"}')
+    results = show(options, runs) | {'failed': failed}
     if options.picture:
-      picture(options, found)
-    commands.write_json(options.json, 'serving', found)
+      picture(options, results)
+    commands.write_json(options.json, 'serving', results)
+  sys.exit(bool(failed))
+
+
+def measured(
+  options: argparse.Namespace, sides: list[str], directory: str
+) -> tuple[dict[str, list[dict]], dict[str, str]]:
+  """Runs of each side, by turns, and why sides have failed, which lose themselves alone."""
+  rate, runs, failed = options.rate, {side: [] for side in sides}, {}
+  for _ in range(options.runs):
+    for side, taken in runs.items():
+      flags = [*sys.argv[1:], f'--run={side}', f'--directory={directory}', f'--rate={rate}']
+      try:
+        run = train_step.in_process(
+          'benchmarks.serving', *flags, environment=environment('tandem', 0)
+        )
+      except RuntimeError as error:
+        failed[side] = str(error)
+        print(f'{SIDES[side]} has failed: {error}', flush=True)
+        continue
+      rate = rate or run.get('rate', 0.0)
+      taken.append(run)
+  return {side: taken for side, taken in runs.items() if taken}, failed
 
 
 if __name__ == '__main__':

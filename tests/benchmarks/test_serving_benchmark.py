@@ -131,3 +131,18 @@ def test_the_table_and_the_picture_are_of_the_better_run(capsys, tmp_path):
   assert all(side in drawn for side in ('Tandem, serve.py', 'vLLM')) and '<svg' in drawn
   inside = {'own_share': 0.02, 'sharing': dict(tokens=1024, new=0.5, read_before=0.1, times=5.0)}
   assert serving.inside_said(inside).endswith('were read before: 100 ms, otherwise 500 (5.0x)')
+
+
+def test_a_side_that_fails_loses_itself_alone(monkeypatch, capsys):
+  def in_process(module, *flags, environment):
+    if '--run=vllm' in flags:
+      raise RuntimeError('vllm did not become ready')
+    return {'side': next(flag for flag in flags if flag.startswith('--run='))}
+
+  monkeypatch.setattr(serving.train_step, 'in_process', in_process)
+  monkeypatch.setattr('sys.argv', ['serving'])
+  options = serving.parser().parse_args(['--runs=2'])
+  runs, failed = serving.measured(options, ['tandem', 'vllm', 'offline'], 'somewhere')
+  assert runs == {side: [{'side': f'--run={side}'}] * 2 for side in ('tandem', 'offline')}
+  assert failed == {'vllm': 'vllm did not become ready'}
+  assert 'vLLM has failed: vllm did not become ready' in capsys.readouterr().out
