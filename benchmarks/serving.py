@@ -204,15 +204,16 @@ COLUMNS = {
 
 
 def show(options: argparse.Namespace, runs: dict[str, list[dict]]) -> dict:
-  """Prints the best run of each side, by CPU time, for each load; returns all of them."""
+  """Prints the best run of each side that was measured, by CPU time, for each load; returns all."""
   work, best = work_of(options), {}
+  sides = {side: [run for run in taken if 'error' not in run] for side, taken in runs.items()}
   titles = {('closed', str(each)): f'{each} clients, each one at a time' for each in work.clients}
   for share in work.shares:
     titles['poisson', str(share)] = f"Poisson arrivals, {share} of the first one's rate"
   for (kind, key), title in titles.items():
     found = {
       side: min((run[kind][key] for run in taken), key=lambda each: each['cpu_ms_per_token'])
-      for side, taken in runs.items()
+      for side, taken in sides.items()
       if side != 'offline' and taken
     }
     if not found:
@@ -227,11 +228,11 @@ def show(options: argparse.Namespace, runs: dict[str, list[dict]]) -> dict:
     for side, run in found.items():
       if run['failed']:
         print(f'{SIDES[side]}: {run["failed"]} of {run["requests"]} requests failed')
-  for run in runs.get('engine', ()):
+  for run in sides.get('engine', ()):
     print(inside_said(run))
-  if 'offline' in runs:
+  if sides.get('offline'):
     best['offline'] = min(
-      (run['offline'] for run in runs['offline']), key=lambda each: each['cpu_ms_per_token']
+      (run['offline'] for run in sides['offline']), key=lambda each: each['cpu_ms_per_token']
     )
     print(f'\n{offline_said(best, work)}')
   return {'best': best, 'runs': runs}
@@ -347,11 +348,12 @@ def main() -> None:
       if {'vllm', 'transformers'} & {*sides}:
         export = ['convert.py', 'export', '--workdir', options.workdir, '--dtype', 'float32']
         subprocess.run([sys.executable, *export, '--to', f'{directory}/model'], check=True)
-      runs, failed = measured(options, sides, directory)
-    if not runs:
-      raise RuntimeError(f'no side was measured: {failed or "none is here"}')
-    results = show(options, runs) | {'failed': failed}
-    if options.picture:
+      runs = measured(options, sides, directory)
+    failed = train_step.failed(runs)
+    for line in failed:
+      print(line)
+    results = show(options, runs)
+    if options.picture and results['best']:
       picture(options, results)
     commands.write_json(options.json, 'serving', results)
   sys.exit(bool(failed))
@@ -359,23 +361,17 @@ def main() -> None:
 
 def measured(
   options: argparse.Namespace, sides: list[str], directory: str
-) -> tuple[dict[str, list[dict]], dict[str, str]]:
-  """Runs of each side, by turns, and why sides have failed, which lose themselves alone."""
-  rate, runs, failed = options.rate, {side: [] for side in sides}, {}
+) -> dict[str, list[dict]]:
+  """Runs of each side, by turns; one that fails loses itself alone."""
+  rate, runs = options.rate, {side: [] for side in sides}
   for _ in range(options.runs):
     for side, taken in runs.items():
       flags = [*sys.argv[1:], f'--run={side}', f'--directory={directory}', f'--rate={rate}']
-      try:
-        run = train_step.in_process(
-          'benchmarks.serving', *flags, environment=environment('tandem', 0)
-        )
-      except RuntimeError as error:
-        failed[side] = str(error)
-        print(f'{SIDES[side]} has failed: {error}', flush=True)
-        continue
+      run = train_step.attempted('benchmarks.serving', *flags, environment=environment('tandem', 0))
       rate = rate or run.get('rate', 0.0)
       taken.append(run)
-  return {side: taken for side, taken in runs.items() if taken}, failed
+      commands.write_json(options.json, 'serving', {'runs': runs}, partial=True)
+  return runs
 
 
 if __name__ == '__main__':

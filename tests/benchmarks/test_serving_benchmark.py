@@ -133,16 +133,23 @@ def test_the_table_and_the_picture_are_of_the_better_run(capsys, tmp_path):
   assert serving.inside_said(inside).endswith('were read before: 100 ms, otherwise 500 (5.0x)')
 
 
-def test_a_side_that_fails_loses_itself_alone(monkeypatch, capsys):
+def test_a_side_that_fails_loses_itself_alone(monkeypatch, tmp_path, capsys):
+  load = dict.fromkeys((name for name, _ in serving.COLUMNS.values()), 1.0)
+  load |= {'failed': 0, 'requests': 1}
+
   def in_process(module, *flags, environment):
     if '--run=vllm' in flags:
       raise RuntimeError('vllm did not become ready')
-    return {'side': next(flag for flag in flags if flag.startswith('--run='))}
+    return {'closed': {'1': load}, 'rate': 2.0}
 
   monkeypatch.setattr(serving.train_step, 'in_process', in_process)
   monkeypatch.setattr('sys.argv', ['serving'])
-  options = serving.parser().parse_args(['--runs=2'])
-  runs, failed = serving.measured(options, ['tandem', 'vllm', 'offline'], 'somewhere')
-  assert runs == {side: [{'side': f'--run={side}'}] * 2 for side in ('tandem', 'offline')}
-  assert failed == {'vllm': 'vllm did not become ready'}
-  assert 'vLLM has failed: vllm did not become ready' in capsys.readouterr().out
+  path = tmp_path / 'serving.json'
+  flags = ['--runs=2', '--clients=1', '--shares=', f'--json={path}']
+  options = serving.parser().parse_args(flags)
+  runs = serving.measured(options, ['tandem', 'vllm'], 'somewhere')
+  assert json.loads(path.read_text())['results']['runs'] == runs, 'kept before the end'
+  found = serving.show(options, runs)
+  assert found['best'] == {'closed 1': {'tandem': load}} and found['runs'] == runs
+  assert runs['vllm'] == [{'error': 'vllm did not become ready'}] * 2
+  assert 'Tandem, serve.py' in capsys.readouterr().out

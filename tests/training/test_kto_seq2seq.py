@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_objective import Run
 from test_preference import with_reference
-from test_preference_seq2seq import S, T, config, go, rows_of
+from test_preference_seq2seq import T, config, go, rows_of, scores
 
 from data.config import SourceConfig
 from objectives.kto import KTO
@@ -32,33 +32,13 @@ def source(tmp_path_factory):
   return judged(tmp_path_factory.mktemp('judged') / 'judged.jsonl', GIVEN)
 
 
-def log_ratios(policy, reference, pairs):
-  """Of answers to prompts, each in a row of its own, of all logits."""
-  read, written = (np.zeros((len(pairs), n), np.int32) for n in (S, T + 1))
-  for i, pair in enumerate(pairs):
-    prompt, answer = ([*(b + 3 for b in text.encode()), 2] for text in pair)
-    read[i, : len(prompt)] = prompt
-    written[i, 1 : len(answer) + 1] = answer
-  counted, sums = written[:, 1:] > 0, []
-  for model in (policy, reference):
-    hidden = model(
-      jnp.asarray(written[:, :-1]),
-      segments=jnp.asarray(counted, jnp.int32),
-      source=jnp.asarray(read),
-      source_segments=jnp.asarray(read > 0, jnp.int32),
-    ).hidden
-    law = jax.nn.log_softmax(model.logits(hidden))
-    picked = jnp.take_along_axis(law, jnp.asarray(written[:, 1:, None]), -1)[..., 0]
-    sums.append(jnp.where(jnp.asarray(counted), picked, 0).sum(1))
-  return sums[0] - sums[1]
-
-
 def by_hand(policy, reference):
   """The loss, and the divergence, from the answer before, of the first one from that behind it."""
   others = [GIVEN[1], *GIVEN[:-1]]
   pairs = [(prompt, answer) for prompt, answer, _ in GIVEN]
   pairs += [(prompt, other[1]) for (prompt, _, _), other in zip(GIVEN, others)]
-  own, mismatched = jnp.split(log_ratios(policy, reference, pairs), 2)
+  (policy, reference), _ = scores((policy, reference), pairs)
+  own, mismatched = jnp.split(policy - reference, 2)
   away = jax.lax.stop_gradient(jnp.maximum(mismatched.mean(), 0))
   wanted = jnp.array([label for _, _, label in GIVEN])
   losses = jnp.where(

@@ -61,19 +61,17 @@ def go(run, batch, steps=1):
   return jax.device_get(metrics)
 
 
-def alone(policy, reference, source):
-  """The loss, each target in a row of its own, of all logits."""
-  with open(source.path) as lines:
-    rows = [json.loads(line) for line in lines]
-  read, written = np.zeros((24, S), np.int32), np.zeros((24, T + 1), np.int32)
-  for i, row in enumerate(rows):
-    for j, side in enumerate(('chosen', 'rejected')):
-      prompt, answer = ([*(b + 3 for b in row[x].encode()), 2] for x in ('prompt', side))
-      read[2 * i + j, : len(prompt)] = prompt
-      written[2 * i + j, 1 : len(answer) + 1] = answer
-  counted = written[:, 1:] > 0
-  sums = []
-  for model in (policy, reference):
+def scores(models, pairs):
+  """Of each model the log-likelihoods of answers to prompts, each in a row of its own, of all
+  logits; and the tokens of each answer, its end with them.
+  """
+  read, written = (np.zeros((len(pairs), n), np.int32) for n in (S, T + 1))
+  for i, pair in enumerate(pairs):
+    prompt, answer = ([*(b + 3 for b in text.encode()), 2] for text in pair)
+    read[i, : len(prompt)] = prompt
+    written[i, 1 : len(answer) + 1] = answer
+  counted, sums = written[:, 1:] > 0, []
+  for model in models:
     hidden = model(
       jnp.asarray(written[:, :-1]),
       segments=jnp.asarray(counted, jnp.int32),
@@ -83,9 +81,18 @@ def alone(policy, reference, source):
     law = jax.nn.log_softmax(model.logits(hidden))
     picked = jnp.take_along_axis(law, jnp.asarray(written[:, 1:, None]), -1)[..., 0]
     sums.append(jnp.where(jnp.asarray(counted), picked, 0).sum(1))
+  return sums, counted.sum(1)
+
+
+def alone(policy, reference, source):
+  """The loss, each target in a row of its own, of all logits."""
+  with open(source.path) as lines:
+    rows = [json.loads(line) for line in lines]
+  pairs = [(row['prompt'], row[side]) for row in rows for side in ('chosen', 'rejected')]
+  sums, tokens = scores((policy, reference), pairs)
   ratios = sums[0] - sums[1]
   losses = jnp.log1p(jnp.exp(-MADE.beta * (ratios[::2] - ratios[1::2])))
-  return losses.mean() - MADE.sft * sums[0][::2].sum() / counted[::2].sum()
+  return losses.mean() - MADE.sft * sums[0][::2].sum() / tokens[::2].sum()
 
 
 @pytest.mark.slow
