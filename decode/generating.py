@@ -10,7 +10,7 @@ from kernels.blocks import Blocks
 from model import params, rearranged, transformer
 from model.config import ModelConfig
 from model.weights import Weight, gathered, joined, scheme
-from model.weights.turned import turned, unturned
+from model.weights.turned import turned
 from parallel import axes as ax
 
 
@@ -43,8 +43,7 @@ def generating_model(
   """
   scheme.check_asked(model.config, weights)
   model = in_compute_dtype(model if ax.size('layers') > 1 else rearranged.unstacked(model))
-  # It may be one that generates already.
-  model = turned(scheme.everywhere(weights)(unturned(model)) if weights else model)
+  model = turned(scheme.everywhere(weights)(model) if weights else model)
   dtype = model.config.execution.dtype
   return joined(model, gathered(model, dtype), reduce=False) if whole else model
 

@@ -200,7 +200,8 @@ def in_bytes(model):
     if p.kind != 'matrix' or p.wide or read(p).coded:
       return p
     outputs = len(p.axes) - ('experts' in p.axes) - p.inputs
-    return p.replace(Int8.of(p[...], tuple(range(-outputs - p.inputs, -outputs)), p.axes))
+    summed = tuple(range(-outputs - p.inputs, -outputs))
+    return p.replace(Int8.of(read(p).numbers('float32'), summed, p.axes))
 
   head = model.head.tokens if model.head.tokens is not None else model.embedding.tokens
   model = jax.tree.map(matrix, model, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -118,16 +118,3 @@ def turned(model):
 
 def _turned(weight: Weight, inputs: int) -> Weight:
   return Turned.of(weight, inputs) if isinstance(weight, Int8 | Plain) else weight
-
-
-def unturned(model):
-  """The model with matrices of numbers laid out as they are trained, for codes to be made of them.
-  Traced.
-  """
-
-  def back(p):
-    value = p.get_value()
-    plain = isinstance(value, Turned) and isinstance(value.inner, Plain)
-    return p.replace(value.numbers(value.dtype)) if plain else p
-
-  return jax.tree.map(back, model, is_leaf=lambda x: isinstance(x, nnx.Variable))

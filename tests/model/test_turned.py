@@ -101,3 +101,12 @@ def test_the_matrix_below_an_adapter_is_turned():
     np.testing.assert_allclose(
       read(other).numbers('float32'), read(p).numbers('float32'), atol=1e-6, err_msg=name
     )
+
+
+@pytest.mark.parametrize('scheme', ['int8', 'int4:group=8'])
+def test_codes_of_a_model_that_generates_are_those_of_one_that_is_stored(scheme):
+  model = rearranged.unstacked(laws.make_model(laws.make_config('llama', width=32)))
+  made = jax.jit(generating_model, static_argnames='weights')
+  once, again = made(model, weights=scheme), made(made(model), weights=scheme)
+  assert jax.tree.structure(once) == jax.tree.structure(again)
+  jax.tree.map(np.testing.assert_array_equal, once, again)
