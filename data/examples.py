@@ -328,10 +328,11 @@ def _build(
       report['validation_sources'].append(counts)
   held_out['shards'] = validation.shards
   if not held_out['documents']:
-    read = sum(counts['read'] for counts in report['sources'])
+    kept = sum(counts['train']['documents'] for counts in report['sources'])
     raise ValueError(
-      f'nothing is held out: none of {read} records falls into data.validation_fraction='
-      f'{config.validation_fraction}; raise it, or name a file by data.validation'
+      f'nothing is held out: none of {kept} records that were kept falls into data.'
+      f'validation_fraction={config.validation_fraction} ('
+      f'{"; ".join(map(_counted, report["sources"]))}); raise it, or name a file by data.validation'
     )
   for counts in report['sources'] + report['validation_sources']:
     each = np.array(counts.pop('lengths') or [[0] * len(settings.sides)])

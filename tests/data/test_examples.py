@@ -253,7 +253,7 @@ def test_a_turn_may_end_as_the_model_s_generation_config_says(tmp_path, beside):
     ({'tokenizer': TokenizerConfig()}, "data.tokenizer.kind='sentencepiece' without a path"),
     ({'tokenizer': TokenizerConfig(kind='char')}, "data.tokenizer.kind='char' without a path"),
     ({'sources': (SourceConfig(),)}, r"data.sources\[0\] .* has no format"),
-    ({'validation_fraction': 1e-9}, 'nothing is held out: none of 9 records'),
+    ({'validation_fraction': 1e-9}, 'nothing is held out: none of 9 records that were kept'),
     ({'validation_fraction': 1 - 1e-9}, 'nothing is left to train on'),
     ({'sequence_length': 2}, 'nothing is left to train on .* 9 too_long'),
   ],
