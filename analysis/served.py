@@ -70,7 +70,7 @@ def lowered(
     model = params.abstract(lambda: generating_model(transformer.init(config, 0), weights), mesh)
     sizes = row_sizes(config, ax.size('batch'), config.V, rows=rows, capacity=context)
   made = _Lowering(model.config, mesh, sizes)
-  name = made._reader(model, source=0) if reads else made._decoder(model, 0)
+  name = made._reader(model, made._reads.shapes[0]) if reads else made._decoder(model, 0)
   program = made._programs[name]
   state = made.state
   arrays = {'parameters': model, 'cache': state.cache, "rows' state": without_cache(state)}

@@ -24,10 +24,10 @@ import numpy as np
 from decode import loop
 from decode.calling import Leaves, Splits, flattened
 from decode.constrain import Automaton, Tables
-from decode.encoded import Sources
 from decode.idle import idle_state
 from decode.loop import Chunk, Rules
 from decode.prefixes import Prefixes
+from decode.reads import Reads, Shape
 from decode.sizes import Request, Sizes, Use, check, check_request, check_weights, idle_request
 from model.config import ModelConfig
 from model.transformer import Decoder
@@ -68,9 +68,7 @@ class Engine:
     Raises ValueError for sizes that the mesh does not split, that the model has no positions for,
     and for experts that drop tokens; NotImplementedError for what has no engine.
     """
-    # A model of few positions reads no more tokens at once than it has of them.
-    read_tokens = min(sizes.read_tokens, config.max_length or sizes.read_tokens)
-    sizes = dataclasses.replace(sizes, read_tokens=read_tokens)
+    sizes = sizes.within(config.max_length)
     self.sizes, self.mesh = sizes, mesh
     self._config, self._pad = config, pad
     self._vocabulary = vocabulary or config.V
@@ -81,7 +79,7 @@ class Engine:
       config.check_parameters(dict(mesh.shape))
       self._parts = ax.size('batch')
     self._read_rows = sizes.read_rows or self._parts
-    self._sources = Sources(sizes.source, self._read_rows, pad)
+    self._reads = Reads(sizes, self._read_rows, pad)
     self._programs: dict[str, Any] = {}
     self._splits = Splits(mesh)
     self._begin = functools.partial(idle_state, config, sizes)
@@ -133,9 +131,9 @@ class Engine:
   def _compiling(self, weights: Decoder) -> list[Callable]:
     """What makes the programs that are not there from the beginning."""
     decoders = sorted({0, self.sizes.alternatives})
-    steps = [lambda n=n: self._reader(weights, n) for n in self._sources.lengths]
-    steps += [self._sharer]
-    steps += [self._resumer] if self.sizes.block and not self.sizes.source else []
+    steps = [lambda shape=shape: self._reader(weights, shape) for shape in self._reads.shapes]
+    resumes = self.sizes.block and not self.sizes.source
+    steps += [self._sharer, self._resumer] if resumes else [self._sharer]
     return steps + [lambda k=k: self._decoder(weights, k) for k in decoders]
 
   @property
@@ -224,15 +222,17 @@ class Engine:
       if row in self._fresh:
         self._resume(row)
     self._fresh -= set(chosen)
+    if rows is None:  # what others had read may have left a last part only
+      chosen = self._reads.alike({row: self._shape(row) for row in chosen})
     chosen = self._seated(chosen)
     if not chosen:
       return []
-    arguments, ended, source = self._reading(chosen)
-    name = self._reader(weights, source)
+    arguments, ended, shape = self._reading(chosen)
+    name = self._reader(weights, shape)
     self.state = self._run(name, self._leaves(weights), self.state, *arguments)
     for row in chosen:
-      self._prefixes.read(row, len(self._unread[row][: self.sizes.read_tokens]))
-      del self._unread[row][: self.sizes.read_tokens]
+      self._prefixes.read(row, len(self._unread[row][: shape.tokens]))
+      del self._unread[row][: shape.tokens]
     for row in ended:
       del self._unread[row]
     return ended + [row for reader in ended for row in self._share(reader)]
@@ -377,18 +377,20 @@ class Engine:
     rows, *leaves = self._puts([rows, *(np.repeat(x, self._parts, 0) for x in leaves)])
     return rows, *structure.unflatten(leaves)
 
-  def _reading(self, chosen: Sequence[int], source: int = 0):
-    """What loop.read takes of these rows besides model and state; whose prompts end with it; as how
-    many tokens their sources are read, at least `source`.
+  def _reading(self, chosen: Sequence[int], shape: Shape | None = None):
+    """What loop.read takes of these rows besides model and state; whose prompts end with it; of
+    which program, for nobody that of this shape.
     """
-    J, C = self._read_rows, self.sizes.read_tokens
+    for row in chosen:
+      if row not in self._unread or chosen.count(row) > 1:
+        raise ValueError(f'row {row} has nothing to read; these have, each once: {self.reading}')
+    shape = shape or self._reads.common(map(self._shape, chosen))
+    J, C = self._read_rows, shape.tokens
     tokens = np.full((J, C), self._pad, np.int32)
     counts, ends = np.zeros(J, np.int32), np.zeros(J, bool)
     places: dict[int, int] = {}
     taken = [0] * self._parts
     for row in chosen:
-      if row not in self._unread or row in places:
-        raise ValueError(f'row {row} has nothing to read; these have, each once: {self.reading}')
       part = self.part_of(row)
       if taken[part] == J // self._parts:
         raise ValueError(
@@ -403,20 +405,18 @@ class Engine:
       counts[index] = len(ids)
       ends[index] = len(self._unread[row]) <= C
     requests = {index: self._requests[row] for row, index in places.items()}
-    source = max(source, self._sources.common(requests.values()))
-    encoded = self._sources.arrays(requests, source)
+    sources = self._reads.sources(requests, shape.source)
     arguments = self._puts((self._named(places, J), tokens, counts, ends))
-    arguments.append(encoded and tuple(self._puts(encoded)))
-    return tuple(arguments), [row for row, index in places.items() if ends[index]], source
+    arguments.append(sources and tuple(self._puts(sources)))
+    return tuple(arguments), [row for row in chosen if ends[places[row]]], shape
 
   def _together(self) -> list[int]:
     """Of the rows that are being read the first ones that one call can read."""
     chosen: list[int] = []
     taken = [0] * self._parts
-    lengths = {row: self._sources.length(self._requests[row]) for row in self.reading}
-    for row in lengths:
-      part, alike = self.part_of(row), lengths[row] == lengths[self.reading[0]]
-      if alike and taken[part] < self._read_rows // self._parts:
+    for row in self._reads.alike({row: self._shape(row) for row in self.reading}):
+      part = self.part_of(row)
+      if taken[part] < self._read_rows // self._parts:
         taken[part] += 1
         chosen.append(row)
     return chosen
@@ -435,15 +435,18 @@ class Engine:
     """Raises ValueError for a request that no row could take."""
     check_request(request, self.sizes, self._vocabulary, self._virtual)
 
-  def _reader(self, weights, source: int) -> str:
-    """The name of the program, compiled. source: tokens of sources that it reads."""
-    name = f'read sources of {source}' if source else 'read'
+  def _shape(self, row: int) -> Shape:
+    """Of the program that reads the next part of a row's prompt."""
+    return self._reads.shape(self._requests[row], len(self._unread[row]))
+
+  def _reader(self, weights, shape: Shape) -> str:
+    """The name of the program, compiled."""
+    name = f'read {shape}'
     if name not in self._programs:
       check_weights(weights, self.sizes)
-      arguments, *_ = self._reading((), source)
+      arguments, *_ = self._reading((), shape)
       program = flattened(loop.read, weights, 1, vocabulary=self._vocabulary)
-      leaves = self._leaves(weights)
-      self._programs[name] = self._compiled(program, leaves, self.state, *arguments)
+      self._programs[name] = self._compiled(program, self._leaves(weights), self.state, *arguments)
     return name
 
   def _sharer(self) -> None:

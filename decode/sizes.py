@@ -24,7 +24,8 @@ class Sizes:
     rows: B, requests that are in it at a time.
     capacity: tokens that a row holds at most, prompt and new ones.
     read_rows: J, rows that are read together; 0: one of each part of the mesh.
-    read_tokens: C, tokens of each of them that are read together.
+    read_tokens: C, tokens of each of them that are read together. last_tokens: the last part of a
+      prompt, where it has at most so many, is read by a program of as many; 0: by that of C.
     steps: tokens of each row that a call of `decode` makes at most.
     bias: ids that a request may have a bias for. ends: ids that may end it.
     states, classes: of the automaton that the constraints of all rows share (decode.constrain).
@@ -48,6 +49,7 @@ class Sizes:
   capacity: int = 2048
   read_rows: int = 0
   read_tokens: int = APPEND
+  last_tokens: int = 0
   steps: int = CHUNK
   bias: int = 300
   ends: int = 8
@@ -65,11 +67,21 @@ class Sizes:
 
   def __post_init__(self):
     may_be_none = ('read_rows', 'bias', 'alternatives', 'adapters', 'block', 'lookup', 'pages')
-    may_be_none += ('host_pages', 'source')
+    may_be_none += ('host_pages', 'source', 'last_tokens')
     for field in dataclasses.fields(self):
       value, least = getattr(self, field.name), 0 if field.name in may_be_none else 1
       if field.type is int and value < least:
         raise ValueError(f'{field.name}={value} of an engine must be at least {least}')
+    if self.last_tokens >= self.read_tokens:
+      raise ValueError(
+        f'last_tokens={self.last_tokens} of an engine must be below read_tokens='
+        f'{self.read_tokens}: a last part that is no shorter needs no program of its own; give 0'
+      )
+    if self.last_tokens and self.source:
+      raise ValueError(
+        f'last_tokens={self.last_tokens} of an engine with a source of {self.source} tokens, which '
+        'is read as a whole; give 0'
+      )
     if self.block % self.read_tokens:
       raise ValueError(
         f'block={self.block} of an engine must be a multiple of read_tokens={self.read_tokens}, so '
@@ -90,6 +102,13 @@ class Sizes:
         f'draft_tokens={self.draft_tokens} of an engine must be below read_tokens='
         f'{self.read_tokens}: rings of slots have no room for more at once; draft fewer'
       )
+
+  def within(self, positions: int) -> 'Sizes':
+    """No more tokens are read at once than a model has positions for (0: any number)."""
+    if not 0 < positions < self.read_tokens:
+      return self
+    last = self.last_tokens if self.last_tokens < positions else 0
+    return dataclasses.replace(self, read_tokens=positions, last_tokens=last)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,9 @@ from serving.call import CLOSED, NotReady
 from serving.jobs import Job
 
 BLOCK = 128  # tokens of prompts that are shared together, about
-READ_BY_CPU = 64  # tokens of a prompt that a CPU reads together: more gain nothing there, and the
-# last part of a prompt costs as much as a whole one
+# Tokens of a prompt that a CPU reads together: more gain nothing there; and of its last part, where
+# that is so short, which costs by its tokens there.
+READ_BY_CPU, LAST_BY_CPU = 64, 16
 LONGEST = 4096  # tokens of a row of a model that has no end of positions
 # The same of an encoder-decoder: every row has room for a source as long, too.
 LONGEST_SOURCE = 1024
@@ -39,6 +40,8 @@ def sizes_for(model: LoadedModel, **given: int) -> Sizes:
   if model.mesh.devices.flat[0].platform == 'cpu' and not given.get('read_tokens'):
     longest = given.get('capacity') or _longest(config)
     given['read_tokens'] = min(BEGINS if config.encoder_layers else READ_BY_CPU, longest)
+    if LAST_BY_CPU < given['read_tokens']:
+      given.setdefault('last_tokens', LAST_BY_CPU)
   return row_sizes(config, model.parts, model.vocabulary, count, **given)
 
 

@@ -11,7 +11,6 @@ import pytest
 from data.tokenizers import ByteTokenizer
 from decode import loop
 from decode.bulk import complete
-from decode.encoded import Sources
 from decode.generator import Generator
 from decode.sizes import Request
 from kernels import cached
@@ -73,7 +72,7 @@ def check_greedy(engine, model):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_requests_bytes_do_not_depend_on_company(dtype):
   engine, model = of_encoder(dtype)
-  assert engine._sources.lengths == [32, CAPACITY]
+  assert [shape.source for shape in engine._reads.shapes] == [32, CAPACITY]
   check(engine, model)
 
 
@@ -146,7 +145,6 @@ def test_what_does_not_go_together_or_does_not_fit_is_said():
       engine.join(0, dataclasses.replace(short, **change))
   with pytest.raises(ValueError, match='a source of 5 tokens, in an engine for at most source=0'):
     engine_of('llama').check(other)
-  assert Sources(0, 2, 0).common([]) == 0 and Sources(0, 2, 0).arrays({}, 0) is None
 
 
 # (where, whose text, what of it, what in its place)

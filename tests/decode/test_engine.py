@@ -182,8 +182,11 @@ def test_a_requests_bytes_do_not_depend_on_company(name, dtype):
   'name', ['llama', *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:4])]
 )
 def test_greedy_is_the_argmax_of_the_full_forward(name):
+  check_argmax(engine_of(name), model_of(name))
+
+
+def check_argmax(engine, model):
   """By the pass that trains, token by token."""
-  engine, model = engine_of(name), model_of(name)
 
   @jax.jit
   def full(model, tokens):
