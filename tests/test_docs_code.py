@@ -27,6 +27,7 @@ QUICK = (
   'add-family',
   'add-objective',
   'add-kernel-feature',
+  'alignment',
   'data',
   'evaluate',
   'scores',

@@ -2,6 +2,7 @@
 tests/test_commands.py; those that measure are parsed, in tests/test_docs.py.)
 """
 
+import contextlib
 import json
 import pathlib
 import re
@@ -15,6 +16,7 @@ from tests.goldens import ours
 from tests.model.test_model_checkpoint import LLAMA, write_tokenizer
 from tests.test_commands import Process
 from tests.test_docs import ON_TUNED, PAGES, ROOT, python_commands
+from tests.test_docs_code import blocks
 from workdir.checkpoint import Checkpoints
 
 # Each in a fork: flags of a config read sys.argv once, and what takes long is to import JAX.
@@ -164,18 +166,13 @@ def prepared(directory: pathlib.Path) -> None:
   (directory / 'dates.jsonl').write_text(
     ''.join(json.dumps({'source': q, 'target': a}) + '\n' for q, a in pairs)
   )
-  judged = [{'prompt': q, 'completion': a, 'label': len(a) > 1} for q, a in pairs]
-  (directory / 'judged.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in judged))
   for name in ('docstrings', 'tasks', 'spell'):
     (directory / f'{name}.jsonl').write_text(
       ''.join(json.dumps({'prompt': q, 'completion': a}) + '\n' for q, a in pairs)
     )
-  (directory / 'pairs.jsonl').write_text(
-    ''.join(json.dumps({'prompt': q, 'chosen': a, 'rejected': f'{a}0'}) + '\n' for q, a in pairs)
-  )
-  (directory / 'sums.jsonl').write_text(
-    ''.join(json.dumps({'prompt': q, 'answer': a}) + '\n' for q, a in pairs)
-  )
+  with contextlib.chdir(directory):  # of sums that are asked, judged and preferred
+    (code,) = [code for _, code in blocks('alignment')]
+    exec(code, {})
   # What `generate.py --output` writes of runs/large, which is asked after it is trained.
   (directory / 'said.jsonl').write_text(
     ''.join(json.dumps({'prompt': q, 'text': a}) + '\n' for q, a in pairs)
