@@ -193,7 +193,14 @@ class EngineRows:
     self._engine.join(row, request)
 
   def read(self) -> list[int]:
-    return self._engine.read(self.model.model)
+    """A part, and behind a last one that is short another: it costs little, and whose prompt ends
+    with it is not to keep others' from being read for a whole step.
+    """
+    engine, weights, before = self._engine, self.model.model, self._engine.unread
+    ended = engine.read(weights)
+    if engine.reading and 0 < before - engine.unread <= self.sizes.last_tokens:
+      ended = [*ended, *engine.read(weights)]
+    return ended
 
   def cached(self, row: int) -> int:
     return self._engine.cached(row)

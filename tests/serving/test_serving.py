@@ -15,10 +15,13 @@ import pytest
 
 from decode.generator import Generator
 from decode.options import Options
+from decode.sampling import make_sampling
+from decode.sizes import Request
 from model.config import LatentConfig
 from model.execution import ExecutionConfig
 from serving import call as calls, jobs
 from serving.call import Call, Limits
+from serving.rows import EngineRows, sizes_for
 from serving.running import Running
 from tests.decode.small import config_of, generator_of
 
@@ -26,7 +29,7 @@ BLOCK = 8
 SIZES = dict(
   rows=3, capacity=56, read_tokens=BLOCK, block=BLOCK, steps=4, bias=8, ends=6, states=80
 )
-SIZES |= dict(classes=64, alternatives=3)
+SIZES |= dict(classes=64, alternatives=3, last_tokens=3)
 MODELS = {
   'llama': {},
   'windows': dict(window=8, global_every=2, attention_softcap=3.0),
@@ -359,6 +362,20 @@ def test_every_row_has_the_adapter_that_it_asks_for(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_a_short_last_part_keeps_nobody_waiting():
+  """Of 9 tokens and of 16, 8 at a time: what is left of the first is read with the second's first
+  part, in one step.
+  """
+  made = generator()
+  rows = EngineRows(made, sizes_for(made, **SIZES))
+  rows.begin(lambda done, total: None)
+  for row, tokens in enumerate((9, 16)):
+    sampling = make_sampling(1, vocabulary=made.vocabulary)
+    rows.join(row, Request(range(3, 3 + tokens), 4, sampling))
+  assert rows.read() == [] and rows.read() == [0]
+  assert rows.read() == [1] and not rows.reading
+
+
 @pytest.mark.parametrize('sizes', [dict(data=2, tensor=2), dict(data=1, context=2)], ids=str)
 def test_devices_that_share_a_server_are_one(sizes):
   with running(generator()) as one:

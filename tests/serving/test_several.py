@@ -38,7 +38,8 @@ from serving import several
 from serving.call import Call, NotReady
 from serving.running import Running
 coordinator, process, sizes = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-SIZES = dict(rows=2, capacity=48, read_tokens=8, block=8, steps=4, bias=4, ends=4, states=40)
+SIZES = dict(rows=2, capacity=48, read_tokens=8, last_tokens=3, block=8, steps=4, bias=4)
+SIZES |= dict(ends=4, states=40)
 SIZES |= dict(classes=64, alternatives=2)
 
 def generator():
