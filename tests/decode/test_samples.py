@@ -68,6 +68,7 @@ def test_samples_of_other_models_are_rows_alone(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_samples_with_a_draft_and_with_constraints_are_rows_alone(generator):
   options = dict(max_new_tokens=8, draft=generator_of(MODEL, seed=1))
   assert_as_alone(generator, 3, generator(PROMPTS, num_samples=3, seed=5, **options), **options)

@@ -57,6 +57,7 @@ def test_company_and_order_change_rounding_only(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['llama', 't5'])
 def test_eight_devices_say_the_same(name):
   np.testing.assert_allclose(logs(scored(name, data=8)), logs(scored(name)), atol=3e-5)

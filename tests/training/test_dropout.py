@@ -531,6 +531,7 @@ def test_rows_that_are_not_the_batch_s_are_refused(one_device):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_resumed_is_uninterrupted_bit_for_bit(corpus, tmp_path):
   def made(steps, dropout=RATES):
     train = {'steps': steps, 'save_every': 2, 'eval_every': 2, 'dropout': entries(dropout)}

@@ -141,6 +141,7 @@ def test_a_step_is_the_absolute_step(one_device):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'parts, devices, mesh',
   [
@@ -185,6 +186,7 @@ def test_what_is_frozen_stays_and_has_no_optimizer_state(whole):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('where', ['host', 'disk'])
 def test_only_what_is_trained_has_state_elsewhere(where):
   """With a frozen reference and a frozen embedding, steps are those of a run that keeps it all on

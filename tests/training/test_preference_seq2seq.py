@@ -125,6 +125,7 @@ def test_the_gradient_is_the_slope(source, one_device):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('adapter', [{}, {'kind': 'lora', 'rank': 2}], ids=['whole', 'lora'])
 def test_it_begins_at_ln_2(source, adapter):
   run = Run(config(source, PreferenceSeq2Seq(target_length=T), adapter))

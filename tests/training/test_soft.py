@@ -238,6 +238,7 @@ def whole(source):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
   'adapter, family, devices, mesh, train',
   [

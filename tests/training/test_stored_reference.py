@@ -193,6 +193,7 @@ def test_what_is_stored_is_what_it_says_of_every_row(held, kind, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('kind', [*KINDS][:1] + [pytest.param(k, marks=SLOW) for k in [*KINDS][1:]])
 def test_a_step_is_that_of_a_reference_that_is_held(held, kind, tmp_path):
   """Its loss, its update and what is said of held-out answers; but for the divergence of laws."""

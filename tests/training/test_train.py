@@ -303,6 +303,7 @@ def split_alone():
   ids=str,
 )
 @pytest.mark.slow
+@pytest.mark.long
 def test_experts_on_eight_devices_are_those_of_one(split_alone, mesh):
   """Three steps with everything recomputed; the bias that balances the load moves alike, too."""
   trainer, metrics = trained(
