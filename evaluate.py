@@ -233,6 +233,8 @@ def evaluate_rewards(config: configs.Config, of: dict, output: pathlib.Path) -> 
   title = f'{WORKDIR.value}\n{n} pairs: accuracy {judged.metrics["accuracy"]}'
   picture = rewards.calibration_picture(judged.differences, title)
   files.replace(output / f'{REWARDS}-calibration.png', picture)
+  lines = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in judged.lines)
+  files.replace(output / f'{REWARDS}.jsonl', lines)
   content = {
     'task': REWARDS,
     'run': of,
@@ -242,7 +244,7 @@ def evaluate_rewards(config: configs.Config, of: dict, output: pathlib.Path) -> 
     'scale': judged.scale,
   }
   files.replace(output / f'{REWARDS}.json', json.dumps(content, indent=1) + '\n')
-  print(f'\nwrote {output}/{REWARDS}.json and its calibration')
+  print(f'\nwrote {output}/{REWARDS}.json, .jsonl of each pair, and the calibration')
   kept = f'{WORKDIR.value}/{reward.FILE}'
   if LIMIT.value:
     # Policies that learn from this model would learn from other rewards by a quick look.

@@ -4,7 +4,10 @@ rewards it says that the first is preferred with probability sigmoid(d) (Bradley
 P pairs
 """
 
+import hashlib
 import io
+import json
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -26,6 +29,25 @@ def compared(differences: Float[np.ndarray, 'P'], seed: int = 0) -> dict[str, Es
     'log_loss': bootstrap(lambda i: float(nats[i].mean()), n, seed),
     'difference': bootstrap(lambda i: float(d[i].mean()), n, seed),
   }
+
+
+def lines(
+  pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+  rewards: Float[np.ndarray, 'P 2'],
+  text_of: Callable[[Sequence[int]], str],
+) -> list[dict]:
+  """What is told of each pair, JSON-able: its answers as texts, each behind its prompt, and their
+  rewards; it is right where the chosen one has more.
+
+  pairs: ids of both, the chosen one first.
+  """
+  made = []
+  for i, (pair, of_pair) in enumerate(zip(pairs, rewards.tolist(), strict=True)):
+    digest = hashlib.blake2b(json.dumps(pair).encode(), digest_size=8).hexdigest()
+    line = {'i': i, 'digest': digest, 'chosen': text_of(pair[0]), 'rejected': text_of(pair[1])}
+    line |= {'tokens': [*map(len, pair)], 'rewards': of_pair}
+    made.append(line | {'right': of_pair[0] > of_pair[1]})
+  return made
 
 
 def calibration_picture(differences: Float[np.ndarray, 'P'], title: str) -> bytes:

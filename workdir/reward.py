@@ -130,11 +130,13 @@ class Judged:
   Attributes:
     metrics: see evaluation.rewards.compared, of rewards before they are normalised.
     differences: of chosen less rejected rewards, [pairs].
+    lines: what is said of each pair, JSON-able (evaluation.rewards.lines).
     scale: what `FILE` holds. prompts: digest of the exact texts.
   """
 
   metrics: dict[str, Estimate]
   differences: np.ndarray
+  lines: list[dict]
   scale: dict[str, Any]
   prompts: str
 
@@ -175,7 +177,8 @@ def judge(
     'digest': reference['digest'],
   }
   differences = scores[:, 0] - scores[:, 1]
-  return Judged(rewards.compared(differences, seed), differences, scale, prompts)
+  lines = rewards.lines(pairs, scores, model.tokenizer.decode)
+  return Judged(rewards.compared(differences, seed), differences, lines, scale, prompts)
 
 
 def normalise(workdir: str | os.PathLike, judged: Judged) -> None:

@@ -16,7 +16,7 @@ from test_objective import Run
 from data.config import CleanConfig, SourceConfig
 from data.preferences import ChoiceBatch
 from data.rewarded import held_out
-from evaluation.rewards import compared
+from evaluation.rewards import compared, lines
 from model.adaptation import AdapterConfig
 from objectives.reward import Reward, losses
 from parallel.mesh import MeshConfig, make_mesh
@@ -238,6 +238,19 @@ def test_numbers_of_judging_are_those_by_hand():
   np.testing.assert_allclose(said['calibration_error'].value, np.abs(right - p).mean())
 
 
+def test_each_pair_has_a_line():
+  """From which the numbers are worked out again."""
+  pairs = [([1, 100, 101, 2], [1, 100, 102, 103, 2]), ([1, 104, 2], [1, 105, 2])]
+  given = np.array([[0.5, 1.5], [2.0, -1.0]])
+  made = lines(pairs, given, lambda ids: ''.join(map(chr, ids[1:-1])))
+  assert [(each['chosen'], each['rejected']) for each in made] == [('de', 'dfg'), ('h', 'i')]
+  assert [each['tokens'] for each in made] == [[4, 5], [3, 3]] and [0, 1] == [x['i'] for x in made]
+  assert [each['right'] for each in made] == [False, True]
+  assert [each['rewards'] for each in json.loads(json.dumps(made))] == given.tolist()
+  assert len({each['digest'] for each in made}) == 2
+  assert lines(pairs[:1], given[1:], str)[0]['digest'] == made[0]['digest'], 'of what was asked'
+
+
 def test_what_gives_no_rewards_is_refused(source, tmp_path):
   with pytest.raises(ValueError, match='objective.centring=-1.0 must be at least 0'):
     Reward(centring=-1.0)
@@ -278,6 +291,13 @@ def test_a_run_learns_and_is_judged_and_normalised(source, tmp_path):
   said = json.loads((tmp_path / 'run' / 'evaluation' / 'reward.json').read_text())
   assert said['n'] == len(GIVEN) and said['metrics']['accuracy']['value'] > 0.9
   assert (tmp_path / 'run' / 'evaluation' / 'reward-calibration.png').stat().st_size > 1000
+  told = [json.loads(line) for line in open(tmp_path / 'run' / 'evaluation' / 'reward.jsonl')]
+  assert [(each['chosen'], each['rejected']) for each in told] == [
+    (row['prompt'] + row['chosen'], row['prompt'] + row['rejected']) for row in GIVEN
+  ]
+  assert said['metrics']['accuracy']['value'] == np.mean([each['right'] for each in told])
+  gaps = np.array([each['rewards'] for each in told]) @ [1, -1]
+  np.testing.assert_allclose(gaps.mean(), said['metrics']['difference']['value'])
 
   scale = (tmp_path / 'run' / FILE).read_bytes()
   looked = f'--workdir={tmp_path / "run"}', '--limit=5', f'--output={tmp_path / "look"}'
@@ -306,6 +326,10 @@ def test_a_run_learns_and_is_judged_and_normalised(source, tmp_path):
     judge = judging_run.judge_of(judging_run.JudgeRequest(tmp_path / 'run', threshold=threshold))
     assert judge(prompts, told) == (scores >= (threshold or 0)).tolist()
   assert judge(['q'], [' ']) == [False] and judge.labels == ('unsafe',)
+  spread = judging_run.JudgeRequest(tmp_path / 'run', mesh=MeshConfig(data=4, tensor=2))
+  # Rows that no mesh divides; rewards are of mean 0 over answers, none of which is near it.
+  assert np.abs(scores).min() > 1e-3
+  assert judging_run.judge_of(spread)(prompts[:21], told[:21]) == (scores[:21] >= 0).tolist()
   with pytest.raises(ValueError, match='--judge_reads=answer is not of a run of objective.kind'):
     judging_run.judge_of(judging_run.JudgeRequest(tmp_path / 'run', reads='answer'))
   notes = []
