@@ -39,7 +39,17 @@ from data import labelled
 from data.template import Template
 from decode import opening
 from decode.generator import Generator
-from evaluation import classify, harness, harness_results, heads, page, rewards, running, task
+from evaluation import (
+  classify,
+  harness,
+  harness_page,
+  harness_results,
+  heads,
+  page,
+  rewards,
+  running,
+  task,
+)
 from evaluation.attacks import named
 from evaluation.examples import Manner, of_safety
 from evaluation.prompts import Shots
@@ -362,11 +372,12 @@ def evaluate_harness(ways: list[int], output: pathlib.Path) -> None:
   settings = harness.HarnessSettings(tuple(LM_EVAL.value), LM_EVAL_PATH.value, shots, *given)
   model, of = opened()
   said = harness.evaluate(model, settings, of, output)
+  harness_page.write(output, said)
   if rows := harness_results.rows(said):
     commands.table('lm_eval, with 95% intervals', ['task', 'metric', 'score', 'n'], rows)
   for note in harness_results.notes(said):
     print(f'NOTE: {note}')
-  print(f'\nwrote {output}/lm_eval.json, and lm_eval-TASK.jsonl of each')
+  print(f'\nwrote {output}/{harness_page.PAGE}, lm_eval.json, and lm_eval-TASK.jsonl of each')
   if said['failed']:
     sys.exit(f'error: of --lm_eval failed: {", ".join(said["failed"])}')
 

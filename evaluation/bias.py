@@ -22,13 +22,13 @@ import files
 import names
 from evaluation import placed
 from evaluation.bias_rows import GROUPS, KINDS, PAIRS, UNKNOWN
-from evaluation.findings_page import findings_page
+from evaluation.findings_page import findings_page, findings_picture
 from evaluation.intervals import RESAMPLES, Estimate, summed, wilson
 from evaluation.paired import difference, holm, mcnemar
 from evaluation.running import finite
 
 SHOWN = 2  # sentences of either side of a category, or pairs of them
-FILE, PAGE = 'bias.json', 'bias.md'
+FILE, PAGE, PICTURE = 'bias.json', 'bias.md', 'bias.png'
 EVERY = 'all'
 
 
@@ -255,15 +255,17 @@ def main(arguments: Sequence[str]) -> None:
       kinds = {row['bias'] for _, row in told}
       kind = names.check(f'bias of rows of {summary.task}', kinds.pop(), KINDS)
       answered = [answered_of(*pair) for pair in told if pair[1]['bias'] == kind]
-      said[summary.name] = {'run': summary.settings.get('run')} | show(
-        summary.name, summary.prompts, kind, answered, options.seed
-      )
+      about = {'run': summary.settings.get('run'), 'seed': options.seed}
+      told_of = show(summary.name, summary.prompts, kind, answered, options.seed)
+      said[summary.name] = about | told_of
     if not said:
       raise ValueError(f'{place} has no results of tasks of bias; evaluate --tasks=crows_pairs, ..')
     text = json.dumps(finite(said), indent=1, ensure_ascii=False)
     files.replace(place / FILE, text + '\n')
-    files.replace(place / PAGE, findings_page('Bias', said))
-    print(f'\nwrote {place}/{FILE} and {PAGE}')
+    files.replace(place / PICTURE, findings_picture('Bias', said))
+    files.replace(place / PAGE, findings_page('Bias', said, PICTURE))
+    print(f'seed {options.seed}: of intervals')
+    print(f'\nwrote {place}/{FILE}, {PAGE} and {PICTURE}')
 
 
 def show(name: str, prompts: str, kind: str, answered: Sequence[Chosen], seed: int) -> dict:

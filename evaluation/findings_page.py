@@ -1,23 +1,37 @@
 """What does a person see of a report of bias, of safety, or of contamination? A page beside its
-JSON, of the same values.
+JSON, of the same values, and a picture of findings.
 """
 
 from collections.abc import Mapping
 
+from evaluation.intervals_picture import picture
 from evaluation.page import fenced, table
 from evaluation.running import finite, shown
 
 HEADERS = ('of', 'what', 'n', '95% interval', 'p (Holm)')
+ABOUT = ('prompts', 'run', 'judge', 'seed')
+NATS = 'nats'
 FOUND = 2  # questions of a task that were found in text
 
 
-def findings_page(title: str, said: Mapping[str, Mapping]) -> str:
+def findings_picture(title: str, said: Mapping[str, Mapping]) -> bytes:
+  """A PNG of findings of reports, by name; those in nats have a panel of their own."""
+  panels: dict[str, list] = {}
+  for name, of in said.items():
+    for each in finite(of['findings']):
+      unit = NATS if each['what'].startswith(NATS) else 'shares, and differences of shares'
+      panels.setdefault(f'{name}: {unit}', []).append((f'{each["category"]}: {each["what"]}', each))
+  return picture(panels, title)
+
+
+def findings_page(title: str, said: Mapping[str, Mapping], drawn: str) -> str:
   """Markdown of reports of results, by name: `findings`, what they are of, and, where there are
-  such, what was left out, sentences, and what two judges say otherwise.
+  such, what was left out, sentences, and what two judges say otherwise. drawn: the picture's file.
   """
   parts = [f'# {title}', 'Intervals are of 95%. They are of these prompts and this model.']
+  parts.append(f'![{title}]({drawn})')
   for name, of in finite(said).items():
-    about = [f'{key}: {of[key]}' for key in ('prompts', 'run', 'judge') if of.get(key)]
+    about = [f'{key}: {of[key]}' for key in ABOUT if of.get(key) not in (None, '', {})]
     rows = [
       [f['category'], f['what'], f['n'], shown(f), '' if f['p'] is None else f'{f["p"]:.3g}']
       for f in of['findings']

@@ -22,7 +22,7 @@ from evaluation.paired import holm, mcnemar
 from evaluation.refusals import refuses
 from evaluation.task import Row, field_of
 
-FILE, PAGE = 'safety.json', 'safety.md'
+FILE, LINES, PAGE, PICTURE = 'safety.json', 'safety.jsonl', 'safety.md', 'safety.png'
 SHOWN = 3
 NO_ANSWER = 'no answer'
 EMPTY, BROKEN = 'empty', 'scores not finite'  # why there is none
@@ -131,6 +131,18 @@ def show(
     if count:
       print(f'NOTE: {name}: {count} of {len(rows)} have {NO_ANSWER}: {why}; they are in no rate')
   return dict(about) | {'findings': [each.values() for each in found], 'left out': left_out}
+
+
+def answer_line(name: str, i: int, row: Row, answer: str, silent: str) -> dict:
+  """What is told of the i-th answer of results of this name, JSON-able; without what judges say."""
+  about = {key: row[key] for key in ('prompt', 'safety', 'type', 'attack')}
+  return {'of': name, 'i': i, **about, 'answer': answer, NO_ANSWER: silent, 'refused': {}}
+
+
+def add_verdicts(lines: Sequence[dict], judge: str, refused: Sequence[bool | None]) -> None:
+  """Adds to each line what a judge says; None where there was no answer to judge."""
+  for each, value in zip(lines, refused, strict=True):
+    each['refused'][judge] = value
 
 
 def show_beside(

@@ -260,6 +260,7 @@ import evaluate
 
 evaluate.opened = lambda: (None, {})
 said = {'tasks': {}, 'failed': {}}
+evaluate.harness_page.write = lambda output, said: print('a page')
 evaluate.harness.evaluate = lambda model, settings, of, output: print(settings.shots) or said
 for given in ((), ('--shots=0',), ('--shots=2',)):
   with flagsaver.flagsaver():
@@ -272,4 +273,4 @@ for given in ((), ('--shots=0',), ('--shots=2',)):
 def test_no_examples_are_asked_of_the_harness_and_what_is_not_said_is_the_tasks_own():
   done = subprocess.run([sys.executable, '-c', SHOTS], cwd=ROOT, capture_output=True, text=True)
   said = [line for line in done.stdout.splitlines() if line in ('None', '0', '2')]
-  assert said == ['None', '0', '2'], done.stderr
+  assert said == ['None', '0', '2'] and done.stdout.count('a page\n') == 3, done.stderr

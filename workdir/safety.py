@@ -16,8 +16,8 @@ import commands
 import files
 import names
 from evaluation import placed, safety
-from evaluation.findings_page import findings_page
-from evaluation.safety import FILE, PAGE, Judge
+from evaluation.findings_page import findings_page, findings_picture
+from evaluation.safety import FILE, LINES, PAGE, PICTURE, Judge
 from parallel.flag import mesh_of
 from workdir.judging_run import READS, JudgeRequest, RunJudge, judge_of
 
@@ -50,14 +50,19 @@ def main(arguments: Sequence[str]) -> None:
 
 def _run(options) -> None:
   judge, run = _judge(options.judge), _judge_run(options)
-  place, said = pathlib.Path(options.results), {}
+  place, said, lines = pathlib.Path(options.results), {}, []
   own = [*filter(None, options.tasks.split(','))]
   for summary, told in placed.results(place, options.data, own, 'safety'):
     rows, answers = [row for _, row in told], [line['answers'][0] for line, _ in told]
     silent = [safety.silence(line) for line, _ in told]
     asked = {'prompts': summary.prompts, 'run': summary.settings.get('run')}
     about = asked | {'judge': options.judge}
+    here = [
+      safety.answer_line(summary.name, i, *of) for i, of in enumerate(zip(rows, answers, silent))
+    ]
+    lines += here
     refused = _asked(options.judge, judge, rows, answers, silent)
+    safety.add_verdicts(here, options.judge, refused)
     said[summary.name] = safety.show(summary.name, about, rows, answers, refused, silent)
     if run is None:
       continue
@@ -72,6 +77,7 @@ def _run(options) -> None:
     each = rows, answers, refused, silent
     rows, answers, refused, silent = ([of[i] for i in can] for of in each)
     by_run = _asked(run.said, run, rows, answers, silent)
+    safety.add_verdicts([here[i] for i in can], run.said, by_run)
     about = asked | {'judge': run.said}
     name = f'{summary.name}, by a run'
     said[name] = safety.show(name, about, rows, answers, by_run, silent)
@@ -82,8 +88,11 @@ def _run(options) -> None:
   if not said:
     raise ValueError(f'{place} has no results of tasks of safety; evaluate --tasks=xstest, ..')
   files.replace(place / FILE, json.dumps(said, indent=1, ensure_ascii=False) + '\n')
-  files.replace(place / PAGE, findings_page('Safety', said))
-  print(f'\nwrote {place}/{FILE} and {PAGE}')
+  files.replace(place / PICTURE, findings_picture('Safety', said))
+  files.replace(place / PAGE, findings_page('Safety', said, PICTURE))
+  text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
+  files.replace(place / LINES, text)
+  print(f'\nwrote {place}/{FILE}, {PAGE}, {PICTURE}, and {LINES} of each answer')
 
 
 def _asked(name: str, judge: Judge, rows, answers, silent) -> list[bool | None]:
@@ -108,9 +117,10 @@ def _judge_run(options) -> RunJudge | None:
   """Raises ValueError for flags of a run that is not there."""
   given = ('judge_label', 'judge_threshold', 'judge_reads')
   if not options.judge_run:
-    for name in given:
-      if getattr(options, name) not in ('', None):
-        raise ValueError(f'--{name}={getattr(options, name)} is of --judge_run; name the run')
+    for name in (*given, 'judge_checkpoint', 'mesh'):
+      value = getattr(options, name)
+      if value != parser().get_default(name):
+        raise ValueError(f'--{name}={value} is of --judge_run; name the run')
     return None
   files.check_local('--judge_run', options.judge_run)
   how = (getattr(options, name) for name in given)

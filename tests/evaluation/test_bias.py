@@ -312,8 +312,10 @@ def test_results_of_a_model_become_a_report(tmp_path, capsys, monkeypatch):
   page.write(tmp_path / 'out', {'workdir': 'x'}, failed)
   bias.main([str(tmp_path / 'out'), f'--data={tmp_path}'])
   page_said = (tmp_path / 'out' / bias.PAGE).read_text()
+  assert (tmp_path / 'out' / bias.PICTURE).stat().st_size > 5000
   for name, each in json.loads((tmp_path / 'out' / bias.FILE).read_text()).items():
     assert f'## {name}' in page_said and f'prompts: {each["prompts"]}' in page_said
+    assert '- seed: 0' in page_said and each['seed'] == 0
     for finding in each['findings']:
       assert f'| {finding["what"]} | {finding["n"]} | {running.shown(finding)} |' in page_said
     assert all(line in page_said for lines in each['sentences'].values() for line in lines)

@@ -135,10 +135,19 @@ def test_silence_is_no_answer_and_no_refusal(tmp_path, monkeypatch, capsys):
   assert apart['n'] == 4
   lines = (tmp_path / 'safety.md').read_text().split('\n')
   assert '| unsafe, plain | answered | 4 | 0.250 [0.046, 0.699] (few) |  |' in lines
+  assert (tmp_path / 'safety.png').stat().st_size > 5000 and '![Safety](safety.png)' in lines
   assert {'## own-0', '## own-0, by a run', '- prompts: ab12', '- left out, empty: 4'} <= {*lines}
   assert any(
     line.startswith(f'Two judges say otherwise of {running.shown(apart)};') for line in lines
   )
+  lines = [json.loads(line) for line in open(tmp_path / 'safety.jsonl')]
+  assert [line['answer'] for line in lines] == answers and [*range(9)] == [x['i'] for x in lines]
+  assert [line['refused'] for line in lines] == [
+    {'evaluation.safety.by_rules': rules, 'a run': None if rules is None else True}
+    for rules in (True, True, True, False, None, None, None, None, None)
+  ]
+  assert lines[7]['no answer'] == 'scores not finite' and lines[4]['no answer'] == 'empty'
+  assert {(line['of'], line['attack']) for line in lines} == {('own-0', 'plain')}
   told[:] = told[4:7]
   command.main([str(tmp_path), '--judge_run=run', '--judge_label=no'])
   said = json.loads((tmp_path / 'safety.json').read_text())
@@ -235,6 +244,8 @@ def test_a_run_judges_beside_the_rules(tmp_path, monkeypatch, capsys):
     assert rates['unsafe, plain'] == pytest.approx(2 / 3) and rates.get('safe, plain', 1) == 1
     assert ('safe, plain' in rates) == (SAFE in labels) and by_run['judge'] == 'label no of a run'
     safe = int(SAFE in labels)
+    verdicts = [json.loads(line)['refused'] for line in open(tmp_path / 'safety.jsonl')]
+    assert ['label no of a run' in each for each in verdicts] == [True] * 3 + [bool(safe)]
     assert len(seen[-1]) == 3 + safe
     apart = by_run['disagreement']
     assert apart['of']['value'] == pytest.approx((2 + safe) / (3 + safe))
@@ -245,5 +256,6 @@ def test_a_run_judges_beside_the_rules(tmp_path, monkeypatch, capsys):
   out = capsys.readouterr().out
   assert 'say otherwise of 2 of 3 answers' in out and 'does not tell whether a safe prompt' in out
   assert judge(['p', 'p'], ['', ' No']) == [False, False], 'of the judge as it is, without spaces'
-  with pytest.raises(SystemExit, match='--judge_label=no is of --judge_run'):
-    command.main([str(tmp_path), '--judge_label=no'])
+  for flag in ('--judge_label=no', '--mesh=data=2', '--judge_checkpoint=best'):
+    with pytest.raises(SystemExit, match=f'{flag} is of --judge_run'):
+      command.main([str(tmp_path), flag])
