@@ -54,7 +54,8 @@ def main(arguments: Sequence[str]) -> None:
       asked[after] = _read(after)
       changes[after] = compared(before, given.before, after, given.seed)
       show(given.before, after, changes[after], target)
-    write(output, given.before, changes, target, asked)
+    print(f'seed {given.seed}: of intervals and of permutations')
+    write(output, given.before, changes, target, asked, given.seed)
     print(f'\nwrote {output}/{PAGE}, {PICTURE} and {VALUES}')
 
 
@@ -222,6 +223,7 @@ def write(
   changes: Mapping[str, Sequence[Change]],
   target: Sequence[str],
   asked: Mapping[str, Sequence[Summary]],
+  seed: int,
 ) -> None:
   """Page, picture and values. asked: of each place its evaluations."""
   parts = ['# What was gained, and what was kept', f'![retention]({PICTURE})']
@@ -234,8 +236,9 @@ def write(
   runs = {place: of[0].settings.get('run', {}) for place, of in asked.items()}
   parts += ['## Of what', page.table(['task', 'digest of the prompts'], prompts.items())]
   about = [[place, json.dumps(run)] for place, run in runs.items()]
-  parts.append(page.table(['evaluation', 'run'], about))
+  parts += [page.table(['evaluation', 'run'], about), f'Seed of intervals and tests: {seed}.']
   values = {
+    'seed': seed,
     'prompts': prompts,
     'runs': runs,
     'before': before,

@@ -225,6 +225,7 @@ def main(arguments: Sequence[str]) -> None:
     content = own | {'tasks': tasks_said}
     files.replace(path, json.dumps(finite(content), indent=1) + '\n')
     files.replace(path.with_name(PAGE), contamination_page(content))
+    print(f'seed {given.seed}: of intervals')
     print(f'\nwrote {path} and {PAGE}')
 
 

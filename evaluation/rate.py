@@ -201,8 +201,9 @@ def report(study: Study, seed: int = 0, resamples: int = RESAMPLES) -> dict:
   draws = seed, resamples
   said = _pairs(study, draws) if study.mode == PAIRS else _scales(study, draws)
   said |= {'raters': raters, 'agreement': _agreement(study, raters, draws)}
-  print(f'Of {len(study.items)} questions and their answers, digest {study.digest}')
-  return {'n': len(study.items), 'digest': study.digest, 'systems': [*study.systems]} | said
+  print(f'Of {len(study.items)} questions and their answers, digest {study.digest}, seed {seed}')
+  of = {'n': len(study.items), 'digest': study.digest, 'seed': seed}
+  return of | {'systems': [*study.systems]} | said
 
 
 def _pairs(study: Study, draws: tuple[int, int]) -> dict:

@@ -119,7 +119,7 @@ def test_the_command_tells_scores_apart(tmp_path, capsys):
   flags += [f'--training={tmp_path}/corpus.jsonl', '--field=body']
   contamination.main(flags)
   said = capsys.readouterr().out
-  assert 'WARNING: malformed: 1' in said and '5 documents' in said
+  assert 'WARNING: malformed: 1' in said and '5 documents' in said and 'seed 0: ' in said
   (made,) = json.loads((tmp_path / contamination.FILE).read_text())['tasks']
   assert [*made['found']] == ['0', '1', '2', '3', '4'] and made['share']['value'] == 5 / 9
   lines = [json.loads(line) for line in (tmp_path / 'own-0.jsonl').read_text().splitlines()]

@@ -276,8 +276,10 @@ def test_two_evaluations_are_compared_question_by_question(evaluations, capsys):
 
 def test_a_model_compared_with_itself_is_exactly_the_same(evaluations, tmp_path, capsys):
   a = str(evaluations / 'a')
-  compare.main([a, a, f'--output={tmp_path}'])
+  compare.main([a, a, f'--output={tmp_path}', '--seed=5'])
   said = capsys.readouterr().out
+  assert 'seed 5: ' in said and json.loads((tmp_path / compare.VALUES).read_text())['seed'] == 5
+  assert 'Seed of intervals and tests: 5.' in (tmp_path / compare.PAGE).read_text()
   # Weights of no training choose by chance.
   assert 'mean retention of 1 task: 100.0%' in said and 'WARNING' not in said
   for each in json.loads((tmp_path / compare.VALUES).read_text())['after'][a]:

@@ -396,7 +396,8 @@ def test_the_report_is_of_what_was_said(tmp_path, capsys):
   assert kappa['value'] == 1 and kappa['n'] == 40 and kappa['method'] == 'bootstrap'
   text = capsys.readouterr().out
   assert 'No preference is shown' in text and '0.625 [' in text
-  assert f'40 questions and their answers, digest {made["digest"]}' in text and made['n'] == 40
+  about = f'40 questions and their answers, digest {made["digest"]}, seed 0'
+  assert about in text and (made['n'], made['seed']) == (40, 0)
 
   for unit in of.order('ben'):
     of.save('ben', unit, {'preference': (FIRST, SECOND, TIE)[unit.item % 3]})
