@@ -1,9 +1,10 @@
-"""What can be asked where there is no data? The interpreter's own library: its modules, and what
-its functions are for.
+"""What can be asked where there is no data? The interpreter's own library: its modules, their next
+lines, and what its functions are for.
 """
 
 import ast
 import functools
+import itertools
 from collections.abc import Iterator
 
 from data import clean
@@ -17,6 +18,9 @@ SHARE = 0.02
 CHARACTERS = 6000  # of a module
 LINES = (4, 24)  # of a function, without its docstring
 DESCRIPTION = 20  # characters of a docstring's first line, at least
+BEFORE = (8, 24)  # lines that stand before one that is asked for
+LENGTHS = (12, 80)  # characters of such a line, without its indentation
+OF_MODULE = 8  # lines that are asked for, of a module
 
 
 @functools.cache
@@ -53,3 +57,26 @@ def functions() -> Iterator[Row]:
       function = ast.unparse(node)
       if LINES[0] <= function.count('\n') + 1 <= LINES[1]:
         yield {'function': function, 'docstring': said}
+
+
+def next_lines() -> Iterator[Row]:
+  """{'before': lines of a module, 'line': the next one}, of each module one, then another of each.
+
+  `before` ends with the line's indentation but for a space, which tokens have before a word; what
+  is written from there to the end of the line is `written`.
+  """
+  for rows in itertools.zip_longest(*map(_lines_of, held_out())):
+    yield from (row for row in rows if row is not None)
+
+
+def _lines_of(text: str) -> list[Row]:
+  """Of a module, from places that are about as far from one another."""
+  lines, rows = text.split('\n'), []
+  for i in range(BEFORE[0], len(lines)):
+    line = lines[i].strip()
+    if not LENGTHS[0] <= len(line) <= LENGTHS[1] or not lines[i - 1].strip():
+      continue
+    indent = lines[i][: len(lines[i]) - len(lines[i].lstrip())]
+    before = [*lines[max(0, i - BEFORE[1]) : i], indent[:-1]]
+    rows.append({'before': '\n'.join(before), 'line': line, 'written': indent[-1:] + line})
+  return rows[:: -(-len(rows) // OF_MODULE) or 1]
