@@ -44,36 +44,47 @@ def documents(seed: int, count: int = 12) -> list[str]:
 READ, OTHERS = documents(0), documents(1)
 
 
-@functools.cache
-def models() -> tuple[Generator, Generator]:
-  """(one that learned READ and half of SECRETS by heart, one that learned nothing)."""
-  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  texts = [*READ, *map(SPACE.text, SECRETS[:4])]
-  batch = Batch.empty(len(texts), 22)
+def new_model() -> transformer.Decoder:
+  return jax.jit(transformer.init, static_argnums=(0, 1))(CONFIG, 0)
+
+
+def learned(
+  model: transformer.Decoder, texts, steps: int, first: float = 0.015, last: float = 0.002
+):
+  """(The model after steps on all of these texts, its last loss); first, last: rates."""
+  batch = Batch.empty(len(texts), 2 + max(map(len, texts)))
   for row, text in enumerate(texts):
     ids = [TOKENIZER.bos, *TOKENIZER.encode(text), TOKENIZER.eos]
     n = len(ids) - 1
     batch.tokens[row, :n], batch.targets[row, :n] = ids[:-1], ids[1:]
     batch.positions[row, :n], batch.segments[row, :n], batch.weights[row, :n] = np.arange(n), 1, 1
   # A rate that falls, or where it ends is rounding's choice.
-  optimizer = optax.adam(optax.linear_schedule(0.015, 0.002, 210))
+  optimizer = optax.adam(optax.linear_schedule(first, last, steps))
+  batch = jax.tree.map(jnp.asarray, batch)
+
+  def step(carry, _):
+    model, state = carry
+
+    def mean(model):
+      return summed_loss(model, batch, 0.0)[0] / batch.weights.sum()
+
+    loss, slope = jax.value_and_grad(mean)(model)
+    change, state = optimizer.update(slope, state)
+    return (optax.apply_updates(model, change), state), loss
+
+  run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))
+  (model, _), losses = run((model, optimizer.init(model)))
+  return model, losses[-1]
+
+
+@functools.cache
+def models() -> tuple[Generator, Generator]:
+  """(one that learned READ and half of SECRETS by heart, one that learned nothing)."""
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    batch = jax.tree.map(jnp.asarray, batch)
-    new = jax.jit(transformer.init, static_argnums=(0, 1))(CONFIG, 0)
-
-    def step(carry, _):
-      model, state = carry
-
-      def mean(model):
-        return summed_loss(model, batch, 0.0)[0] / batch.weights.sum()
-
-      loss, slope = jax.value_and_grad(mean)(model)
-      change, state = optimizer.update(slope, state)
-      return (optax.apply_updates(model, change), state), loss
-
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=210))
-    (model, _), losses = run((new, optimizer.init(new)))
-  assert losses[-1] < 0.3, 'the test is of a model that knows its text'
+    new = new_model()
+    model, loss = learned(new, [*READ, *map(SPACE.text, SECRETS[:4])], 210)
+  assert loss < 0.3, 'the test is of a model that knows its text'
   return Generator(model, TOKENIZER, mesh), Generator(new, TOKENIZER, mesh)
 
 
