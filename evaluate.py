@@ -347,7 +347,7 @@ def evaluate_tasks(ways: list[int], output: pathlib.Path) -> None:
   page.write(output, of, failed)
   rows = []
   for each in done:
-    for name, metric in [*each.metrics.items()][:2]:
+    for name, metric in each.metrics.items():
       chance = f'{each.chance_of(name):.3g}' if each.chance_of(name) else ''
       rows.append([f'{each.name} ({each.n})', name, running.shown(metric), chance])
   commands.table('scores, with 95% intervals', ['task-shots (n)', '', 'score', 'chance'], rows)

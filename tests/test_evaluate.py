@@ -250,6 +250,31 @@ def test_results_of_another_checkpoint_are_not_written_over(tmp_path, kind):
   assert f'{tmp_path}/{kind}.json is of another evaluation (run.step was 3 and is 7' in done.stdout
 
 
+SCORES = """
+import pathlib
+
+from absl import flags
+
+import evaluate
+
+estimate = {'value': 0.5, 'low': 0.25, 'high': 0.75, 'n': 9, 'method': 'wilson', 'small': True}
+metrics = {name: estimate | {'lower_is_better': False} for name in ('one', 'two', 'three')}
+counts = dict.fromkeys(evaluate.running.COUNTED, 0)
+done = evaluate.running.Summary('t', {'shots': 0}, 9, 'ab12', 0.0, metrics, {}, counts)
+evaluate.opened = lambda: (None, {})
+evaluate.running.evaluate = lambda *given: ([done], {})
+evaluate.page.write = lambda *given: None
+flags.FLAGS(['evaluate.py', '--tasks=stdlib'])
+evaluate.evaluate_tasks([0], pathlib.Path())
+"""
+
+
+@pytest.mark.slow
+def test_every_metric_of_a_task_is_printed():
+  done = subprocess.run([sys.executable, '-c', SCORES], cwd=ROOT, capture_output=True, text=True)
+  assert [name in done.stdout for name in ('one', 'two', 'three')] == [True] * 3, done.stderr
+
+
 SHOTS = """
 import pathlib
 
