@@ -314,12 +314,13 @@ def adapter(
 
 
 def encoded(model: Generator, text: str, bos: bool, marked: bool) -> list[int]:
-  """Ids of a text, in which names of control tokens are those tokens, as transformers takes them.
+  """Ids of a text, in which names of control tokens are those tokens, as transformers takes them,
+  where the tokenizer has names for them: one that was trained here has none.
 
   marked: with what begins a text, or ends one that an encoder reads.
   """
   tokenizer = model.tokenizer
-  ids = list(tokenizer.encode(in_utf8(text), special=True))
+  ids = list(tokenizer.encode(in_utf8(text), special=bool(tokenizer.special_tokens)))
   if not marked:
     return ids
   if model.model.config.encoder_layers:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from data.tokenizers import ByteTokenizer
 from decode.choices import PairScore
 from decode.request import FAILED, LENGTH, STOPPED
 from evaluation import harness, harness_results
@@ -46,6 +47,15 @@ def test_what_became_of_answers_is_counted(monkeypatch):
     't: 1 of 4 answers ended at max_gen_toks',
     't: 1 of 4 answers ended where the scores were not finite, and count as they are',
   ]
+
+
+def test_a_tokenizer_that_was_made_here_names_no_control_tokens(monkeypatch):
+  """As of every model that was trained here from nothing: the demo's."""
+  model = generator('llama')
+  monkeypatch.setattr(model, 'tokenizer', ByteTokenizer())
+  text = model.tokenizer.encode('<s> ä')
+  assert harness.encoded(model, '<s> ä', True, True) == [model.tokenizer.bos, *text]
+  assert harness.encoded(model, '<s> ä', True, False) == text
 
 
 def of_two(first, second, by_size):
