@@ -1,5 +1,5 @@
-"""Where is a layer that is done, when its process was killed? In a file of its arrays, sealed by
-their digest, beside a file that says of what work it is a part.
+"""Where is a part of long work that is done, a layer or what some texts cost, when its process was
+killed? In a file of its arrays, sealed by their digest, beside a file that says of what work it is.
 """
 
 import hashlib
@@ -19,32 +19,44 @@ KEY = 'work.json'
 
 
 class Kept:
-  """A directory of layers that are done.
+  """A directory of parts that are done.
 
   Args:
     work: what they depend on, JSON-able.
-  Raises ValueError where the directory has layers of other work.
+    anew: who is told that parts of other work are removed, for work that is cheap enough to be
+      begun anew; None: they are refused.
+  Raises ValueError where the directory has parts of other work.
   """
 
-  def __init__(self, directory: str | os.PathLike, work: dict):
+  def __init__(
+    self, directory: str | os.PathLike, work: dict, anew: Callable[[str], Any] | None = None
+  ):
     self._directory = pathlib.Path(directory)
     path, work = self._directory / KEY, json.loads(json.dumps(work))
-    if path.exists():
-      before = files.json_object(path.read_bytes(), path)
-      names = sorted(before.keys() | work.keys())
-      other = [name for name in names if before.get(name) != work.get(name)]
-      if other:
-        told = ', '.join(f'{name}={before.get(name)!r}' for name in other)
+    try:
+      self._check(path, work)
+    except ValueError as error:
+      if anew is None:
         raise ValueError(
-          f'{self._directory} has layers of other work that was not finished ({told}); finish that '
-          'by its own command, or remove the directory'
-        )
-    else:
+          f'{error}; finish that by its own command, or remove the directory'
+        ) from error
+      anew(f'NOTE: {error}; it is removed, and all is done anew')
+      self.remove()
+    if not path.exists():
       files.replace(path, json.dumps(work, indent=1) + '\n')
 
-  def write(self, name: str, layer) -> None:
-    """Arrays of a layer, on the host."""
-    leaves = [np.ascontiguousarray(x) for x in jax.tree.leaves(layer)]
+  def _check(self, path: pathlib.Path, work: dict) -> None:
+    if not path.exists():
+      return
+    before = files.json_object(path.read_bytes(), path)
+    names = sorted(before.keys() | work.keys())
+    if other := [name for name in names if before.get(name) != work.get(name)]:
+      told = ', '.join(f'{name}={before.get(name)!r}' for name in other)
+      raise ValueError(f'{self._directory} has parts of other work that was not finished ({told})')
+
+  def write(self, name: str, part) -> None:
+    """Arrays of a part, on the host."""
+    leaves = [np.ascontiguousarray(x) for x in jax.tree.leaves(part)]
     body = b''.join(x.tobytes() for x in leaves)
     head = {
       'arrays': [[str(x.dtype), list(x.shape)] for x in leaves],
@@ -53,7 +65,7 @@ class Kept:
     files.replace(self._path(name), json.dumps(head).encode() + b'\n' + body)
 
   def read(self, name: str, like, log: Callable[[str], Any]):
-    """The layer, in the structure of `like`; None where it is not there, or damaged."""
+    """The part, in the structure of `like`; None where it is not there, or damaged."""
     path = self._path(name)
     if not path.exists():
       return None
@@ -80,4 +92,4 @@ class Kept:
     shutil.rmtree(self._directory)
 
   def _path(self, name: str) -> pathlib.Path:
-    return self._directory / f'{name.replace(" ", "-")}.layer'
+    return self._directory / f'{name.replace(" ", "-")}.part'

@@ -1,7 +1,11 @@
 """What did it cost to make this run smaller? Both read the same texts; a table, a page with
 pictures and a file of figures, each with its n and a 95% interval over documents.
+
+What some texts, or the matrices of a layer, cost is kept in the smaller run's directory until the
+page is there: a process that is killed goes on behind it, with the same bits.
 """
 
+import itertools
 import json
 import math
 import os
@@ -16,7 +20,8 @@ import commands
 import files
 import names
 from compression import sensitivity
-from compression.judge import costs
+from compression.judge import Costs, costs
+from compression.kept import Kept
 from data import generation
 from decode.generator import Generator
 from decode.report import weight_bytes
@@ -30,6 +35,7 @@ from workdir.compressed import model_bytes
 from workdir.open import config_of, step_of
 
 FILE = 'judged.json'
+PARTS = '.judged'  # of what was judged before its process was killed
 ROWS, LENGTH = 4, 512  # texts side by side, and tokens of each, or as many as the models have
 PLANNED = 1024  # positions of a cache, at most, by which the time of a token is predicted
 WRITTEN, ROUNDS = 64, 3  # tokens by which speed is measured, and how often, of each side in turn
@@ -49,8 +55,9 @@ def judge(
   texts: files of text; none: modules of the interpreter's library that training on it holds out.
   limit: so many texts at most. by_layer: of so many tokens, what each matrix alone costs; 0: not
   asked. topologies: where the time of a token is predicted (analysis.predicted).
-  Raises, before a text is read, ValueError for runs that do not read alike, and for numbers and
-    topologies that are impossible, ImportError without a topology's compiler.
+  Raises, before a text is read, ValueError for runs that do not read alike, for numbers and
+    topologies that are impossible, and where another process judges the smaller one, ImportError
+    without a topology's compiler.
   """
   if limit < 0:
     raise ValueError(f'--limit={limit} must be at least 0, which is all texts')
@@ -63,47 +70,72 @@ def judge(
   documents = documents[:limit] if limit else documents
   if not documents:
     raise ValueError('there is no text to judge by; give some by --text')
-  models = [Generator.load(directory) for directory in (original, smaller)]
+  directories = original, smaller
+  models = [Generator.load(directory) for directory in directories]
+  encoded, length = _encoded(models, directories, documents)
+  predicted = _predicted(directories, topologies)  # first: what it refuses costs no judgement
+  work = {
+    'models': [model.identity for model in models],
+    'texts': files.digest(encoded),
+    'length': length,
+    'by_layer': by_layer,
+  }
+  parts = pathlib.Path(smaller) / PARTS
+  with files.locked(f'{parts}.lock', str(smaller), 'wait until it is judged'):
+    kept = Kept(parts, work, anew=log)
+    sums = _sums(models, encoded, length, kept, log)
+    figures = _figures(models[0], encoded, sums)
+    values = {
+      'original': str(original),
+      'smaller': str(smaller),
+      'stored': list(config_of(smaller).model.execution.stored),
+      'n': {'tokens': len(sums['each']), 'documents': len(documents)},
+      'figures': {name: estimate.values() for name, estimate in figures.items()},
+      'KL, 99% of tokens below': float(np.quantile(sums['each'], 0.99)),
+      'bytes on disk': [_on_disk(directory) for directory in directories],
+      'bytes in memory': [model_bytes(model.model) for model in models],
+      'bytes a token reads': [weight_bytes(model.model) for model in models],
+      'tokens a second here': _speeds(models, encoded[0][: length // 4], length),
+      'predicted ms a token': predicted,
+    }
+    grids, notes = _grids(models, encoded, by_layer, length, kept, log)
+    values |= {'by layer': {name: _listed(grid) for name, grid in grids.items()}}
+    _write(pathlib.Path(smaller), values, figures, sums['each'], grids, notes, log)
+    kept.remove()
+  return values
+
+
+def _encoded(
+  models: Sequence[Generator], directories: Sequence, documents: Sequence[str]
+) -> tuple[list[list[int]], int]:
+  """Ids of what both read of each text, and how many these are at most."""
   length = min(LENGTH, *(model.model.config.max_length or LENGTH for model in models))
   encoded = [models[0].encoded(text)[:length] for text in documents]
   if any(len(ids) < 2 for ids in encoded):
     raise ValueError('a text has no tokens to be judged by; leave empty ones out')
   if encoded != [models[1].encoded(text)[:length] for text in documents]:
-    raise ValueError(f'{original} and {smaller} have different tokenizers; no token is the same')
+    raise ValueError(
+      f'{directories[0]} and {directories[1]} have different tokenizers; no token is the same'
+    )
   if models[0].model.config.encoder_layers or not models[0].model.config.causal:
     raise NotImplementedError(
       'judge reads texts from left to right, as a decoder; evaluate.py asks all'
     )
-  directories = original, smaller
-  predicted = _predicted(directories, topologies)  # first: what it refuses costs no judgement
+  return encoded, length
 
-  sums = _sums(models, encoded, length)
+
+def _figures(
+  model: Generator, encoded: Sequence[Sequence[int]], sums: Mapping[str, np.ndarray]
+) -> dict[str, Estimate]:
   tokens = np.array([len(ids) - 1 for ids in encoded], np.float64)
-  written = np.array([_bytes(models[0], ids) for ids in encoded], np.float64)
-  figures = {
+  written = np.array([_bytes(model, ids) for ids in encoded], np.float64)
+  return {
     'KL, nats a token': _ratio(sums['kl'], tokens),
     'same likeliest token': _ratio(sums['agrees'], tokens),
     'bits per byte before': _ratio(sums['before'] / math.log(2), written),
     'bits per byte after': _ratio(sums['after'] / math.log(2), written),
     'perplexity, after / before': _ratio(sums['after'] - sums['before'], tokens, np.exp),
   }
-  values = {
-    'original': str(original),
-    'smaller': str(smaller),
-    'stored': list(config_of(smaller).model.execution.stored),
-    'n': {'tokens': int(tokens.sum()), 'documents': len(documents)},
-    'figures': {name: estimate.values() for name, estimate in figures.items()},
-    'KL, 99% of tokens below': float(np.quantile(sums['each'], 0.99)),
-    'bytes on disk': [_on_disk(directory) for directory in directories],
-    'bytes in memory': [model_bytes(model.model) for model in models],
-    'bytes a token reads': [weight_bytes(model.model) for model in models],
-    'tokens a second here': _speeds(models, encoded[0][: length // 4], length),
-    'predicted ms a token': predicted,
-  }
-  grids, notes = _grids(models, encoded, by_layer, length, log)
-  values |= {'by layer': {name: _listed(grid) for name, grid in grids.items()}}
-  _write(pathlib.Path(smaller), values, figures, sums['each'], grids, notes, log)
-  return values
 
 
 def _predicted(runs: Sequence, topologies: Sequence[str]) -> dict[str, list[float | None]]:
@@ -130,6 +162,7 @@ def _grids(
   encoded: Sequence[Sequence[int]],
   tokens: int,
   length: int,
+  kept: Kept,
   log: Callable[[str], Any],
 ) -> tuple[dict[str, dict[sensitivity.MatrixPlace, float]], list[str]]:
   """How far each matrix is from what it was, and what it costs alone; and what is to be said."""
@@ -159,11 +192,18 @@ def _grids(
   with jax.set_mesh(models[0].mesh):
     # Codes become numbers once, and not for each of the matrices.
     original, smaller = map(jax.jit(dequantised), (original, smaller))
-    for done, place in enumerate(places, 1):
-      chosen = {name: np.zeros(len(each), bool) for name, each in errors.items()}
-      chosen[place.name][place.index] = True
-      costs_of[place] = float(alone(original, smaller, chosen))
-      progress.at(done)
+    for layer, group in itertools.groupby(places, lambda place: place.layer):
+      here, name = list(group), f'layer {layer} alone' if layer >= 0 else 'the rest alone'
+      made = kept.read(name, jax.ShapeDtypeStruct((len(here),), np.float32), log)
+      if made is None:
+        made = np.zeros(len(here), np.float32)
+        for i, place in enumerate(here):
+          chosen = {name: np.zeros(len(each), bool) for name, each in errors.items()}
+          chosen[place.name][place.index] = True
+          made[i] = alone(original, smaller, chosen)
+          progress.at(len(costs_of) + i + 1)
+        kept.write(name, made)
+      costs_of |= zip(here, made.tolist())
   progress.end()
   return grids | {f'KL of it alone, {row.shape[1]} tokens': costs_of}, []
 
@@ -175,22 +215,32 @@ def _listed(grid: Mapping[sensitivity.MatrixPlace, float]) -> list[dict]:
 
 
 def _sums(
-  models: Sequence[Generator], encoded: Sequence[Sequence[int]], length: int
+  models: Sequence[Generator],
+  encoded: Sequence[Sequence[int]],
+  length: int,
+  kept: Kept,
+  log: Callable[[str], Any],
 ) -> dict[str, np.ndarray]:
   """By document; 'each': KL of every token."""
   vocabulary = min(model.vocabulary for model in models)
   run = jax.jit(costs, static_argnums=4)
   sums: dict[str, list] = {name: [] for name in ('kl', 'agrees', 'before', 'after')}
   each = []
+  floats = jax.ShapeDtypeStruct((ROWS, length), np.float32)
+  shapes = Costs(floats, jax.ShapeDtypeStruct((ROWS, length), bool), (floats, floats))
   for first in range(0, len(encoded), ROWS):
     here = list(encoded[first : first + ROWS])
-    lengths = np.array([len(ids) for ids in here] + [1] * (ROWS - len(here)), np.int32)
-    tokens = np.zeros((ROWS, length), np.int32)
-    for row, ids in enumerate(here):
-      tokens[row, : len(ids)] = ids
-    with jax.set_mesh(models[0].mesh):
-      made = run(*(m.model for m in models), *map(models[0].put, (tokens, lengths)), vocabulary)
-    made = jax.device_get(made)
+    name = f'texts from {first + 1} to {first + len(here)}'
+    made = kept.read(name, shapes, log)
+    if made is None:
+      lengths = np.array([len(ids) for ids in here] + [1] * (ROWS - len(here)), np.int32)
+      tokens = np.zeros((ROWS, length), np.int32)
+      for row, ids in enumerate(here):
+        tokens[row, : len(ids)] = ids
+      with jax.set_mesh(models[0].mesh):
+        made = run(*(m.model for m in models), *map(models[0].put, (tokens, lengths)), vocabulary)
+      made = jax.device_get(made)
+      kept.write(name, made)
     for name, part in zip(sums, (made.kl, made.agrees, *made.nats)):
       sums[name] += part.sum(1, dtype=np.float64)[: len(here)].tolist()
     each += [made.kl[row, : len(ids) - 1] for row, ids in enumerate(here)]

@@ -196,7 +196,7 @@ def test_a_walk_that_was_killed_goes_on_with_the_same_bits(small, tmp_path):
     kept = Kept(tmp_path / 'layers', {'method': 'smaller'})
     return jax.tree.leaves(walk(model, batches, change, lines.append, kept))
 
-  whole, files = run(), sorted((tmp_path / 'layers').glob('*.layer'))
+  whole, files = run(), sorted((tmp_path / 'layers').glob('*.part'))
   files[1].unlink()
   damaged = bytearray(files[0].read_bytes())
   again = run()
@@ -238,7 +238,7 @@ def test_a_layer_that_is_no_numbers_now_is_named_and_not_kept(small, tmp_path):
     ValueError, match=r'down of layer 0 holds NaN .*too much alike.*--method=other'
   ):
     walk(model, batches[:1], change, print, kept)
-  assert not [*tmp_path.glob('*.layer')]
+  assert not [*tmp_path.glob('*.part')]
 
 
 def test_experts_that_saw_too_few_tokens_get_others_statistics():

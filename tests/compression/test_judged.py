@@ -1,4 +1,6 @@
-"""Are two runs judged alike: by their bytes, their speed, and what they would take elsewhere?"""
+"""Are two runs judged alike: by their bytes, their speed, and what they would take elsewhere? And
+is a judgement that was killed gone on with?
+"""
 
 import json
 import math
@@ -8,6 +10,7 @@ import jax
 import pytest
 
 import convert
+from compression.kept import Kept
 from data.tokenizers import ByteTokenizer
 from decode.generator import Generator
 from model import params, transformer
@@ -74,20 +77,76 @@ def test_a_topology_without_a_compiler_costs_no_judgement(tmp_path, monkeypatch)
   assert judged._predicted(['a', 'b'], ['v5e:1x1']) == {'v5e:1x1': [None, 2.5]}
 
 
-@pytest.mark.slow
-def test_bytes_in_memory_are_of_all_that_lies_there(tmp_path, one_device, monkeypatch, capsys):
-  """All experts and the table that a head of its own leaves; a token reads a part of them."""
-  moe = MoEConfig(experts=4, per_token=1, feed_forward=8)
-  config = ModelConfig(**laws.TINY | {'vocabulary': 260, 'moe': moe, 'max_length': 64})
+def pair(monkeypatch, config, one_device) -> dict[str, Generator]:
+  """A model and what it is in bytes, which runs called so are taken to hold."""
   model = jax.jit(lambda: transformer.init(config, 0))()
   models = {
     name: Generator(model, ByteTokenizer(), one_device, weights)
     for name, weights in (('before', ''), ('after', 'int8'))
   }
-  monkeypatch.setattr(judged.Generator, 'load', lambda name: models[name.name])
+  for name, generator in models.items():
+    generator.identity = f'digest of {name}'
+  monkeypatch.setattr(judged.Generator, 'load', lambda path: models[path.name])
   monkeypatch.setattr(judged, '_on_disk', lambda directory: 1)
   run = types.SimpleNamespace(model=config)
   monkeypatch.setattr(judged, 'config_of', lambda directory: run)
+  return models
+
+
+@pytest.mark.slow
+def test_a_judgement_that_was_killed_goes_on_with_the_same_bits(tmp_path, one_device, monkeypatch):
+  """Between texts and between layers; parts that are damaged, or of other texts, are judged anew,
+  and that is said.
+  """
+  pair(
+    monkeypatch,
+    ModelConfig(**laws.TINY | {'vocabulary': 260, 'layers': 1, 'max_length': 16}),
+    one_device,
+  )
+  monkeypatch.setattr(judged, '_speeds', lambda *_: [2.0, 3.0])
+  texts = [tmp_path / f'text{i}' for i in range(6)]
+  for i, path in enumerate(texts):
+    path.write_text(f'{i} {TEXT}')
+  after, lines, written = tmp_path / 'after', [], Kept.write
+  after.mkdir()
+
+  def run(limit=0):
+    lines.clear()
+    judged.judge(tmp_path / 'before', after, texts, limit, 8, [], lines.append)
+    return {path.name: path.read_bytes() for path in sorted(after.iterdir())}
+
+  def killed(last, limit=0):
+    def write(self, name, part):
+      written(self, name, part)
+      if name == last:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+      patch.setattr(Kept, 'write', write)
+      with pytest.raises(KeyboardInterrupt):
+        run(limit)
+    return sorted(path.stem for path in (after / judged.PARTS).glob('*.part'))
+
+  killed('texts from 1 to 4', limit=4)
+  whole = run()  # of other texts
+  assert any('parts of other work' in line and 'done anew' in line for line in lines)
+  assert not any('done before' in line for line in lines) and len(whole) == 3
+  assert killed('texts from 1 to 4') == ['texts-from-1-to-4']
+  assert len(killed('layer 0 alone')) == 4  # the head's, too
+  path = after / judged.PARTS / 'texts-from-5-to-6.part'
+  path.write_bytes(path.read_bytes()[:-1] + b'?')
+  assert run() == whole and not (after / judged.PARTS).exists()
+  assert f'NOTE: {path} is damaged; texts from 5 to 6 is done again' in lines
+  before = 'texts from 1 to 4', 'the rest alone', 'layer 0 alone'
+  assert [line for line in lines if 'before' in line] == [f'{name}: done before' for name in before]
+
+
+@pytest.mark.slow
+def test_bytes_in_memory_are_of_all_that_lies_there(tmp_path, one_device, monkeypatch, capsys):
+  """All experts and the table that a head of its own leaves; a token reads a part of them."""
+  moe = MoEConfig(experts=4, per_token=1, feed_forward=8)
+  config = ModelConfig(**laws.TINY | {'vocabulary': 260, 'moe': moe, 'max_length': 64})
+  models = pair(monkeypatch, config, one_device)
   monkeypatch.setattr('analysis.predicted.ms_per_token', lambda *_, **__: None)
   (tmp_path / 'text').write_text(TEXT)
   (tmp_path / 'after').mkdir()
@@ -95,6 +154,7 @@ def test_bytes_in_memory_are_of_all_that_lies_there(tmp_path, one_device, monkey
   values = judged.judge(*runs, [tmp_path / 'text'], 0, 0, ['v5e:1x1'], print)
 
   before, after = values['bytes in memory']
+  model = models['before'].model
   assert before == 4 * params.count(model)
   assert after == sum(x.nbytes for x in jax.tree.leaves(models['after'].model)) < 0.7 * before
   table = model.embedding.tokens.size * 4

@@ -143,8 +143,8 @@ def test_a_method_looks_at_the_runs_own_rows_and_goes_on_where_it_was_killed(
     patch.setattr(Kept, 'write', killed)
     with pytest.raises(KeyboardInterrupt):
       convert.main([*command, f'{tmp_path}/again'])
-  assert (tmp_path / '.again.layers/layer-0.layer').exists()
-  with pytest.raises(SystemExit, match='layers of other work'):
+  assert (tmp_path / '.again.layers/layer-0.part').exists()
+  with pytest.raises(SystemExit, match='parts of other work'):
     convert.main([*command, f'{tmp_path}/again', '--seed=1'])
   convert.main([*command, f'{tmp_path}/again'])
   assert 'layer 0: done before' in capsys.readouterr().out
