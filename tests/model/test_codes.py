@@ -233,14 +233,13 @@ MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}
 EXPERTS = {'data': 1, 'expert': 2, 'fsdp': 2, 'tensor': 2}
 
 
-@pytest.mark.costly
+@pytest.mark.slow  # several formats in a model: tests/model/test_pairwise.py
 @pytest.mark.parametrize(
   'family, sizes, scheme',
   [
     ('llama', MESH, 'int4:group=2:asymmetric:double'),
-    ('t5', {}, 'fp8'),
     *(
-      pytest.param(family, sizes, SCHEMES[i % len(SCHEMES)], marks=pytest.mark.slow)
+      (family, sizes, SCHEMES[i % len(SCHEMES)])
       for i, (family, sizes) in enumerate(
         (family, sizes)
         for family in ('qwen3_moe', 'deepseek_v3', 't5', 'gemma2', 'bert', 'gpt_oss', 'mixtral')
