@@ -1,16 +1,21 @@
 """What memory does importing a checkpoint take, and how fast is it?
 Of a generated one, 2 GB in bfloat16.
 
-    python -m benchmarks.import_checkpoint [--json FILE] [--gb 2.0] [--devices 1 4]
+    python -m benchmarks.import_checkpoint [--json FILE] [--gb 2.0] [--devices 1 4] [--codes awq]
 
 Each import runs in a fresh process that is watched from inside: resident memory, anonymous
 (RssAnon) and of mapped files (RssFile), sampled every 5 ms. On CPU devices the model itself lies in
 that memory, so what an import adds is what exceeds the model's bytes; the target is 1.2 times the
 largest tensor. `load` brings tensors onto the mesh; `import` is the command,
 which writes the run as well.
+
+With --codes the matrices are those of Llama 3 8B, as many layers as --gb has room for in bfloat16,
+in 4 bits; they stay so, and the target is the largest matrix as it is packed, beside a piece
+(model.checkpoint.PIECE) of UNPACKED bytes a number.
 """
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -35,6 +40,15 @@ CONFIG = dict(
   rms_norm_eps=1e-5,
   tie_word_embeddings=False,
 )
+WIDE = CONFIG | dict(
+  hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14_336
+)
+GROUP = 128  # inputs that share a scale, of a checkpoint in codes
+UNPACKED = 48  # bytes, at most, that a number of a piece takes on its way
+CODES = {
+  'awq': {'quant_method': 'awq', 'bits': 4, 'group_size': GROUP},
+  'gptq': {'quant_method': 'gptq', 'bits': 4, 'group_size': GROUP, 'sym': False},
+}
 RUN = """
 import sys
 from benchmarks.import_checkpoint import watched
@@ -42,37 +56,61 @@ watched(*sys.argv[1:])
 """
 
 
-def generate(directory: pathlib.Path, gigabytes: float) -> dict:
-  """Writes a random checkpoint; its bytes, and those of its largest tensor."""
-  from model import checkpoint, families
-  from model.tensorfiles import DTYPES, write
+def generate(directory: pathlib.Path, gigabytes: float, codes: str) -> dict:
+  """Writes a random checkpoint; its bytes, and those of its largest tensor.
 
-  layer = 2 * (
-    CONFIG['hidden_size'] * (3 * CONFIG['intermediate_size'] + 3 * CONFIG['hidden_size'])
-  )
-  table = 2 * CONFIG['vocab_size'] * CONFIG['hidden_size']
-  hf = CONFIG | {'num_hidden_layers': max(1, round((gigabytes * 1e9 - 2 * table) / layer))}
+  gigabytes: in bfloat16. codes: of CODES; '': bfloat16.
+  """
+  from model import checkpoint, families
+  from model.tensorfiles import DTYPES, WIDTHS, write
+
+  hf = WIDE if codes else CONFIG
+  kv = hf['hidden_size'] * hf['num_key_value_heads'] // hf['num_attention_heads']
+  layer = 2 * hf['hidden_size'] * (3 * hf['intermediate_size'] + 2 * hf['hidden_size'] + 2 * kv)
+  table = 2 * hf['vocab_size'] * hf['hidden_size']
+  hf = hf | {'num_hidden_layers': max(1, round((gigabytes * 1e9 - 2 * table) / layer))}
   family, config = families.read(hf)
-  shapes = {
-    name: parts[0].layout.shape for name, parts in checkpoint.parts_of(family, config).items()
-  }
+  shapes, kinds = {}, {}
+  for name, parts in checkpoint.parts_of(family, config).items():
+    shape = parts[0].layout.shape
+    if codes and '.layers.' in name and len(shape) == 2:
+      for tensor, kind, size in _packed(codes, name.removesuffix('.weight'), shape):
+        shapes[tensor], kinds[tensor] = size, kind
+    else:
+      shapes[name], kinds[name] = shape, 'BF16'
   rng = np.random.default_rng(0)
 
   def produce(name):
     for start in range(0, shapes[name][0], 1024):
-      rows = min(1024, shapes[name][0] - start)
-      yield rng.standard_normal((rows, *shapes[name][1:]), np.float32).astype(DTYPES['BF16'])
+      size = min(1024, shapes[name][0] - start), *shapes[name][1:]
+      if kinds[name] == 'I32':
+        yield rng.integers(-(2**31), 2**31, size, np.int32)
+      else:
+        yield rng.standard_normal(size, np.float32).astype(DTYPES[kinds[name]])
 
   directory.mkdir()
-  write(directory, shapes, 'BF16', produce, 500_000_000)
-  (directory / 'config.json').write_text(json.dumps(hf))
-  sizes = [2 * int(np.prod(shape)) for shape in shapes.values()]
+  write(directory, shapes, kinds, produce, 500_000_000)
+  told = {'quantization_config': CODES[codes]} if codes else {}
+  (directory / 'config.json').write_text(json.dumps(hf | told))
+  # Of a checkpoint in codes tables are larger, but read row by row.
+  sizes = {name: WIDTHS[kinds[name]] * math.prod(shape) for name, shape in shapes.items()}
+  largest = [size for name, size in sizes.items() if not codes or kinds[name] == 'I32']
   return {
-    'bytes': sum(sizes),
-    'largest_tensor': max(sizes),
+    'bytes': sum(sizes.values()),
+    'largest_tensor': max(largest),
+    'target': max(largest) + UNPACKED * checkpoint.PIECE if codes else 1.2 * max(largest),
     'tensors': len(sizes),
     'layers': hf['num_hidden_layers'],
   }
+
+
+def _packed(codes: str, module: str, shape: tuple[int, int]):
+  """(tensor, kind, shape) of a matrix [outputs, inputs] in 4 bits, eight in a word."""
+  outputs, inputs = shape
+  words = (inputs, outputs // 8) if codes == 'awq' else (inputs // 8, outputs)
+  yield f'{module}.qweight', 'I32', words
+  yield f'{module}.qzeros', 'I32', (inputs // GROUP, outputs // 8)
+  yield f'{module}.scales', 'F16', (inputs // GROUP, outputs)
 
 
 def resident() -> dict[str, int]:
@@ -85,13 +123,14 @@ def resident() -> dict[str, int]:
 
 
 def watched(command: str, source: str, workdir: str) -> None:
-  """Imports in this process and prints, as JSON,
-  seconds and by how much its memory rose at most.
+  """Imports in this process and prints, as JSON, seconds, by how much its memory rose at most, and
+  the model's bytes.
   """
   import jax
 
   import convert
-  from model import checkpoint
+  from model import checkpoint, transformer
+  from training import config as configs
 
   # What jax itself takes is no part of an import.
   jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
@@ -108,14 +147,19 @@ def watched(command: str, source: str, workdir: str) -> None:
   watcher.start()
   began = time.perf_counter()
   if command == 'load':
-    _, model = checkpoint.load(source)
+    config, model = checkpoint.load(source)
     jax.block_until_ready(jax.tree.leaves(model))
   else:
     convert.main(['import', '--from', source, '--workdir', workdir, '--tokenizer', 'none'])
   took = time.perf_counter() - began
   done.set()
   watcher.join()
-  print(json.dumps({'seconds': took} | {kind: peak[kind] - before[kind] for kind in peak}))
+  if command != 'load':
+    config = configs.load(workdir).model
+  leaves = jax.tree.leaves(jax.eval_shape(lambda: transformer.init(config, 0)))
+  size = sum(x.size * x.dtype.itemsize for x in leaves)
+  rose = {kind: peak[kind] - before[kind] for kind in peak}
+  print(json.dumps({'seconds': took, 'model': size} | rose))
 
 
 def main():
@@ -124,14 +168,21 @@ def main():
   parser.add_argument(
     '--devices', type=int, nargs='+', default=[1, 4], help='CPU devices to split the model over'
   )
+  parser.add_argument(
+    '--codes', default='', choices=('', *CODES), help='of matrices in 4 bits; default: in bfloat16'
+  )
   options = parser.parse_args()
 
   rows, results = [], {}
   with tempfile.TemporaryDirectory() as directory:
     source = pathlib.Path(directory) / 'hf'
-    made = generate(source, options.gb)
+    made = generate(source, options.gb, options.codes)
     size, largest = made['bytes'], made['largest_tensor']
-    print(f'{size / 1e9:.2f} GB in {made["tensors"]} tensors, the largest {largest / 1e6:.0f} MB')
+    print(
+      f'{size / 1e9:.2f} GB in {made["tensors"]} tensors, the largest '
+      f'{"matrix in codes " if options.codes else ""}{largest / 1e6:.0f} MB, the target '
+      f'{made["target"] / 1e6:.0f} MB'
+    )
     for command in ('load', 'import'):
       for devices in options.devices:
         environment = os.environ | {
@@ -146,7 +197,7 @@ def main():
           text=True,
         )
         run = json.loads(ran.stdout.splitlines()[-1])
-        above = run['anonymous'] + run['file'] - made['bytes']
+        above = run['anonymous'] + run['file'] - run['model']
         results[f'{command}, {devices} devices'] = (
           run | made | {'above_the_model': above, 'ratio': above / made['largest_tensor']}
         )
@@ -159,12 +210,13 @@ def main():
             f'{run["file"] / 1e6:,.0f}',
             f'{above / 1e6:,.0f}',
             f'{above / made["largest_tensor"]:.2f}',
+            f'{above / made["target"]:.2f}',
           ]
         )
 
   commands.table(
     'Peak memory above what the process had (MB)',
-    ['', 's', 'MB/s', 'anonymous', 'file pages', 'above the model', '/ largest tensor'],
+    ['', 's', 'MB/s', 'anonymous', 'file pages', 'above the model', '/ largest', '/ target'],
     rows,
   )
   commands.write_json(options.json, 'import_checkpoint', results)
