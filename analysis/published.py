@@ -42,7 +42,7 @@ TPU v6e | mistral-7b   | v6e:2x4   |   48 | fsdp=8            |     6.320 | -
 TPU v6e | llama3.1-70b | v6e:8x16  |  512 | fsdp=128          |    34.786 | -
 TPU v6e | llama3.1-70b | v6e:16x16 | 1280 | fsdp=256          |    42.656 | -
 TPU v5p | 64b dots     | v5p:4x4x4 |  192 | fsdp=16 tensor=4  |     7.383 | -
-TPU v5e | 16b          | v5e:16x16 | 1536 | fsdp=256          |    10.305 | -
+TPU v5e | 16b          | v5e:16x16 | 1536 | fsdp=256          |    10.305 | 10.606
 TPU v5e | 32b          | v5e:16x16 | 1024 | fsdp=256          |    12.092 | -
 TPU v5e | 64b          | v5e:16x16 |  512 | fsdp=256          |    13.472 | -
 """
@@ -103,11 +103,12 @@ def band(chip: Chip) -> str:
       'expect 10% on products and forward kernels, more where memory stalls; it ranks, it does not '
       'certify'
     )
-  of = f'{len(ratios)} step times' if len(ratios) > 1 else 'the one step time'
-  return (
-    f'of {of} published for a {chip.name}, plans of the same model, mesh and batch said '
-    f'{min(ratios):.0%} to {max(ratios):.0%} (docs/plans.md)'
-  )
+  if len(ratios) == 1:
+    of, said = 'the one step time', f'a plan of the same model, mesh and batch said {ratios[0]:.0%}'
+  else:
+    of = f'{len(ratios)} step times'
+    said = f'plans of the same model, mesh and batch said {min(ratios):.0%} to {max(ratios):.0%}'
+  return f'of {of} published for a {chip.name}, {said} (docs/plans.md)'
 
 
 def table() -> list[str]:

@@ -35,6 +35,19 @@ def planned(run: PublishedRun) -> dict:
     return json.loads(path.read_text())
 
 
+def parts_of(plan: dict) -> dict:
+  """What a predicted step is made of: seconds by what they go to, bytes that are reserved, MFU;
+  {} where nothing is predicted.
+  """
+  prediction = plan['prediction']
+  if prediction is None:
+    return {}
+  parts = {name: prediction[name] for name in ('operations', 'kernels', 'copies')}
+  parts |= {name: sum(prediction[name].values()) for name in ('links', 'exposed')}
+  kept = {name: plan[name] for name in ('mfu', 'compile_seconds', 'memory')}
+  return {'parts': parts, **kept}
+
+
 def asked_of(run: PublishedRun) -> dict:
   """What a prediction hangs on, besides our own code."""
   versions = commands.machine()
@@ -62,7 +75,7 @@ def plan_all(asked: Iterable[PublishedRun], path: str) -> None:
       'fits': plan['fits'],
       'compiler': plan['compiler'],
       'asked': of,
-    }
+    } | parts_of(plan)
     short = '' if plan['fits'] else f'; does not fit {plan["problem"]}'
     print(f'{run.name}: published {run.published:.3f} s, predicted {seconds} s{short}', flush=True)
     commands.write_json(path, 'published', known)

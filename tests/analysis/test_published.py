@@ -1,5 +1,6 @@
 """Are published step times what their sources say, and is each beside a plan of the same run?"""
 
+import json
 import math
 import pathlib
 import re
@@ -66,6 +67,16 @@ def test_every_run_stands_in_the_docs():
     assert row in page
   assert {run.chip for run in published.runs()} == {'TPU v5e', 'TPU v5p', 'TPU v6e'}
   assert len({run.name for run in published.runs()}) == len(published.runs()) >= 8
+
+
+def test_predictions_are_those_that_the_benchmark_wrote():
+  written = json.loads((ROOT / 'benchmarks/results/published.json').read_text())['results']
+  predicted = {run.name: run for run in published.runs() if run.predicted is not None}
+  assert {*predicted} == {*written}
+  for name, run in predicted.items():
+    kept = written[name]
+    assert run.predicted == pytest.approx(kept['predicted'], abs=5e-4) and kept['fits']
+    assert kept['asked']['flags'] == [*run.flags, f'--topology={run.topology}'], name
 
 
 def test_a_plan_says_what_predictions_for_its_chip_are_worth(monkeypatch):

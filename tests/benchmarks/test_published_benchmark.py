@@ -21,12 +21,22 @@ def plans(monkeypatch):
     if run.name not in seconds:
       raise subprocess.CalledProcessError(1, 'plan.py')
     predicted = seconds[run.name]
-    prediction = None if predicted is None else {'seconds': predicted}
+    prediction = predicted and {
+      'seconds': predicted,
+      'operations': 2.0,
+      'kernels': 0.5,
+      'copies': 0.25,
+      'links': {'all-gather over fsdp': 1.0, 'reduce-scatter over fsdp': 0.5},
+      'exposed': {'all-gather over fsdp': 0.25},
+    }
     return {
       'prediction': prediction,
       'fits': bool(prediction),
       'compiler': {},
       'problem': 'no room',
+      'mfu': 0.5,
+      'memory': {'peak': 1},
+      'compile_seconds': 1.0,
     }
 
   monkeypatch.setattr(published, 'planned', planned)
@@ -49,6 +59,10 @@ def test_what_is_known_is_kept_and_what_failed_is_tried_again(plans, tmp_path, m
   assert written['machine'] and written['results'][first]['asked']['flags'][0].startswith(
     '--config'
   )
+  # What a prediction is made of stays, too: it says where one goes wrong.
+  parts = {'operations': 2.0, 'kernels': 0.5, 'copies': 0.25, 'links': 1.5, 'exposed': 0.25}
+  assert written['results'][first]['parts'] == parts
+  assert 'parts' not in written['results'][second]
 
   asked.clear()
   seconds |= {second: 4.0, third: 5.0}
@@ -66,6 +80,8 @@ def test_what_is_known_is_kept_and_what_failed_is_tried_again(plans, tmp_path, m
 def test_it_asks_for_no_change_that_would_fit(monkeypatch):
   """A dozen compilations, whose result nothing reads."""
   commands = []
+  # Which asks the system's programs, too.
+  monkeypatch.setattr(published.commands, 'machine', lambda: {'jax': '1', 'libtpu': '1'})
 
   def run(command, **_):
     commands.append(command)
