@@ -11,9 +11,13 @@ which writes the run as well.
 
 With --codes the matrices are those of Llama 3 8B, as many layers as --gb has room for in bfloat16,
 in 4 bits; they stay so, and the target is the largest matrix as it is packed, beside a piece
-(model.checkpoint.PIECE) of UNPACKED bytes a number.
+(model.checkpoint.PIECE) of UNPACKED bytes a number. The programs that take codes apart, which are
+there once for all layers, are no part of that: the checkpoint is loaded once before, let go, and
+what malloc keeps of it given back.
 """
 
+import ctypes
+import gc
 import json
 import math
 import os
@@ -122,7 +126,7 @@ def resident() -> dict[str, int]:
   return {'anonymous': found['RssAnon'] + found['RssShmem'], 'file': found['RssFile']}
 
 
-def watched(command: str, source: str, workdir: str) -> None:
+def watched(command: str, source: str, workdir: str, codes: str) -> None:
   """Imports in this process and prints, as JSON, seconds, by how much its memory rose at most, and
   the model's bytes.
   """
@@ -134,6 +138,10 @@ def watched(command: str, source: str, workdir: str) -> None:
 
   # What jax itself takes is no part of an import.
   jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
+  if codes:
+    jax.block_until_ready(jax.tree.leaves(checkpoint.load(source)))
+    gc.collect()
+    ctypes.CDLL('libc.so.6').malloc_trim(0)
   before = resident()
   peak = {'anonymous': 0, 'file': 0}
   done = threading.Event()
@@ -189,8 +197,9 @@ def main():
           'JAX_PLATFORMS': 'cpu',
           'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
         }
+        place = f'{directory}/{command}{devices}'
         ran = subprocess.run(
-          [sys.executable, '-c', RUN, command, str(source), f'{directory}/{command}{devices}'],
+          [sys.executable, '-c', RUN, command, str(source), place, options.codes],
           env=environment,
           check=True,
           stdout=subprocess.PIPE,
