@@ -2,14 +2,18 @@
 
     python -m benchmarks.products [--json FILE]
     python -m benchmarks.products --steps [--json FILE]
+    python -m benchmarks.products --large [--json FILE]
 
 Products in f32 of matrices that pass no cache together, in turns: with the inputs in front, as
 training holds them (`x @ w`), with the outputs in front (`x @ w.T`), and these first, as generation
 holds them (parallel.one_cpu.of_rows); torch's beside them, if it is there. `--steps` has a step of
 generation instead, of bench-30M (benchmarks.train_cpu), with matrices as generation holds them and
-as training does; both have to write the same ids, or it ends with 1. Medians.
+as training does; both have to write the same ids, or it ends with 1. `--large` has the products of
+many tokens that a training step has, `x @ w` and both gradients, in GFLOP/s, by XLA as it comes, by
+XLA with oneDNN, and by torch. Medians.
 """
 
+import importlib
 import importlib.util
 import statistics
 import sys
@@ -28,6 +32,14 @@ BYTES = 64_000_000  # of all matrices of a shape
 ROWS = (1, 2, 4, 8, 16, 32)
 PROMPT, CHUNKS, CHUNK = 64, 8, 16
 OURS = 'rows first'
+LARGE, LARGE_TOKENS = ((512, 1408), (1408, 512), (512, 8192)), 4096  # of bench-30M's step
+# Of x [tokens, K], w [K, N] and dy [tokens, N]: which two, and how they are multiplied.
+TRAINED = {
+  'x w': ('x', 'w', lambda x, w: x @ w),
+  'dy w.T': ('dy', 'w', lambda dy, w: dy @ w.T),
+  'x.T dy': ('x', 'dy', lambda x, dy: x.T @ dy),
+}
+LIBRARIES = {'XLA': {}, 'XLA, oneDNN': {'xla_cpu_use_onednn': True}}
 
 
 def in_turns(
@@ -66,6 +78,28 @@ def products(K: int, N: int, tokens: int) -> dict[str, float]:
     theirs = torch.from_numpy(x), [*map(torch.from_numpy, numbers)]
     runs['torch'] = lambda: [theirs[0] @ w for w in theirs[1]]
   return in_turns(runs, 15)
+
+
+def large(K: int, N: int, tokens: int) -> dict[str, dict[str, float]]:
+  """GFLOP/s of each product that training has of a matrix [K, N], by library."""
+  draw = np.random.default_rng(0)
+  shapes = {'x': (tokens, K), 'w': (K, N), 'dy': (tokens, N)}
+  numbers = {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+  of_torch = importlib.util.find_spec('torch') and importlib.import_module('torch').from_numpy
+  made = {}
+  for name, (left, right, form) in TRAINED.items():
+    given = numbers[left], numbers[right]
+    runs = {}
+    for library, options in LIBRARIES.items():
+      compiled = jax.jit(form, compiler_options=options)
+      arrays = [*map(jnp.asarray, given)]
+      runs[library] = lambda f=compiled, arrays=arrays: jax.block_until_ready(f(*arrays))
+    if of_torch:
+      tensors = [*map(of_torch, given)]
+      runs['torch'] = lambda form=form, tensors=tensors: form(*tensors)
+    taken = in_turns(runs, 9)
+    made[name] = {of: 2 * tokens * K * N / (1e6 * each) for of, each in taken.items()}
+  return made
 
 
 def steps(rows: int) -> tuple[dict[str, float], bool]:
@@ -108,7 +142,18 @@ def steps(rows: int) -> tuple[dict[str, float], bool]:
 def main() -> None:
   arguments = commands.parser(__doc__)
   arguments.add_argument('--steps', action='store_true', help='of generation, instead of products')
+  arguments.add_argument(
+    '--large', action='store_true', help='of many tokens, as training has them'
+  )
   options = arguments.parse_args()
+  if options.large:
+    found = {f'{K} x {N}': large(K, N, LARGE_TOKENS) for K, N in LARGE}
+    for shape, made in found.items():
+      table = [[name, *rates.values()] for name, rates in made.items()]
+      headers = ['product', *next(iter(made.values()))]
+      commands.table(f'{LARGE_TOKENS} tokens, {shape}, f32: GFLOP/s', headers, table)
+    commands.write_json(options.json, 'products', {'large': found})
+    return
   if options.steps:
     made = {rows: steps(rows) for rows in ROWS}
     table = [[rows, *of.values()] for rows, (of, _) in made.items()]

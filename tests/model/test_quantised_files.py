@@ -306,7 +306,6 @@ def test_codes_without_a_form_are_named(name, words, built, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize('name', ['int4', 'fp8 of DeepSeek', 'mxfp4'])
 def test_every_device_gets_its_codes(name, built, monkeypatch):
   _, one, _ = load(built(name) / 'codes')

@@ -367,7 +367,6 @@ def test_processes_that_differ_are_told_so(runs, tmp_path, own, said):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize(
   'flags, code, said',
   [

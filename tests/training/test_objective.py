@@ -186,8 +186,7 @@ def test_what_is_frozen_stays_and_has_no_optimizer_state(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize('where', ['host', 'disk'])
+@pytest.mark.parametrize('where', [pytest.param('host', marks=pytest.mark.long), 'disk'])
 def test_only_what_is_trained_has_state_elsewhere(where):
   """With a frozen reference and a frozen embedding, steps are those of a run that keeps it all on
   the device.

@@ -138,7 +138,6 @@ def test_in_the_hosts_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize(
   'where',
   [HOST, {'offload_parameters': True}, {'offload_optimizer': 'host'}],

@@ -114,7 +114,6 @@ def test_a_run_that_was_stopped_is_one_that_was_not(place, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize('mesh', [{'data': 2, 'fsdp': 2}, {'tensor': 2}], ids=str)
 def test_devices_write_the_same(place, tmp_path, mesh):
   batches = []
