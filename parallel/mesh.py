@@ -7,12 +7,15 @@ has to ask which axes exist.
 
 import collections
 import dataclasses
+import functools
 import math
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+
+import names
 
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
 # In context, arrays of single devices can be worked on one by one.
@@ -90,7 +93,8 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.Explicit) -> Mesh:
   """The six-axis mesh over `devices` (default: all; those of a topology description will do).
 
-  Neighbours along an axis are neighbours in the network of a slice, the later axes first; slices
+  Neighbours along an axis are neighbours in the network of a slice, the later axes first; `expert`,
+  whose devices all send to all, is as square a part of a torus as there is (parallel.torus); slices
   are `data`'s or `stage`'s to cross. `axis_type=Auto` is for the twin that explicit axes are
   compared with (benchmarks/explicit.py). Raises ValueError where the sizes do not fit the devices.
   """
@@ -98,15 +102,27 @@ def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.E
   sizes = config.resolve(len(devices))
   across = _across_slices(sizes, devices)
   within = [size // across.get(axis, 1) for axis, size in sizes.items()]
+  across = [across.get(axis, 1) for axis in AXES]
+  # All devices of `expert` send to all: through a box of a torus more passes than through a line.
+  if sizes['expert'] > 2 and devices[0].platform == 'tpu':
+    lay_out = functools.partial(names.imported('parallel.torus.boxed'), AXES.index('expert'))
+  else:
+    lay_out = laid_out
+  return Mesh(lay_out(within, across, devices), AXES, axis_types=(axis_type,) * len(AXES))
+
+
+def laid_out(within: list[int], across: list[int], devices) -> np.ndarray:
+  """Devices in an array with as many along an axis as there are of a slice, times of slices.
+
+  within, across: of each axis those of a slice, and the slices that it crosses.
+  """
   # Splitting a physical axis changes nothing for meshes that need no splitting,
   # and most others have no layout without it.
-  if across:
-    grid = mesh_utils.create_hybrid_device_mesh(
-      within, [across.get(axis, 1) for axis in AXES], devices, allow_split_physical_axes=True
+  if math.prod(across) > 1:
+    return mesh_utils.create_hybrid_device_mesh(
+      within, across, devices, allow_split_physical_axes=True
     )
-  else:
-    grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
-  return Mesh(grid, AXES, axis_types=(axis_type,) * len(AXES))
+  return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
 
 
 def _across_slices(sizes: dict[str, int], devices) -> dict[str, int]:

@@ -75,7 +75,8 @@ def test_predictions_are_those_that_the_benchmark_wrote():
   assert {*predicted} == {*written}
   for name, run in predicted.items():
     kept = written[name]
-    assert run.predicted == pytest.approx(kept['predicted'], abs=5e-4) and kept['fits']
+    assert run.predicted == pytest.approx(kept['predicted'], abs=5e-4)
+    assert run.fits == kept['fits'], name
     assert kept['asked']['flags'] == [*run.flags, f'--topology={run.topology}'], name
 
 

@@ -141,6 +141,43 @@ def test_a_group_of_tensor_is_a_box_of_the_torus_in_whatever_order_devices_come(
     assert math.prod(np.ptp([device.coords for device in group], axis=0) + 1) == len(group)
 
 
+def sides(group) -> list[int]:
+  """Of the box that devices lie in, the longest first."""
+  return sorted((np.ptp([device.coords for device in group], axis=0) + 1).tolist(), reverse=True)
+
+
+@pytest.mark.parametrize(
+  'shape, expert, box',
+  [
+    ((4, 8, 8), 8, [4, 2, 1]),  # jax itself has a line of 8 there
+    ((4, 4, 8), 8, [4, 2, 1]),
+    ((4, 4, 4), 4, [4, 1, 1]),  # a ring, which is as good as 2 x 2, and leaves rings to fsdp
+    ((4, 4, 4), 16, [4, 4, 1]),
+    ((8, 8, 8), 8, [8, 1, 1]),  # a ring is as good as 4 x 2; of 2 x 2 x 2 jax knows nothing
+    ((2, 2, 4), 2, [2, 1, 1]),
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize('slices', [1, 2])
+def test_what_sends_to_all_lies_in_a_box(shape, expert, box, slices):
+  """Through the middle of a box pass as many links as its cross section has: an all-to-all takes as
+  long as its longest side, or half of that where it is a ring.
+  """
+  devices = devices_of(slices, shape)
+  random.Random(1).shuffle(devices)
+  mesh = make_mesh(MeshConfig(data=slices, fsdp=-1, expert=expert), devices)
+  assert len(set(mesh.devices.flat)) == len(devices)
+  assert mesh.shape['expert'] == expert and mesh.shape['data'] == slices
+  for group in np.moveaxis(mesh.devices, AXES.index('expert'), -1).reshape(-1, expert):
+    assert sides(group) == box and len({device.slice_index for device in group}) == 1
+
+
+def test_where_links_are_a_switch_there_is_no_box():
+  gpus = devices_of(1, (4, 8, 8), platform='gpu', device_kind='H100')
+  mesh = make_mesh(MeshConfig(data=1, fsdp=32, expert=8), gpus)
+  assert [device.id for device in mesh.devices.flat] == [*range(256)]
+
+
 def test_devices_of_a_topology_form_meshes(monkeypatch):
   pytest.importorskip('libtpu', reason='libtpu describes the topology: pip install -e .[plan]')
   from jax.experimental import topologies
