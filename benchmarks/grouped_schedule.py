@@ -6,12 +6,13 @@ jax's megablox, compiled for TPUs that aren't here.
 
 Rows and matrices as a device has them in the models' configs, in bfloat16: the products of tokens
 with the inner matrices (D to F) and with the outer ones (F to D), each forward, by rows (with the
-matrix transposed) and by matrices. A share is what a chunk of rows takes at the peak of the matrix
-unit, over the bundles of the loop that computes it, and 100% where these are fewer: then it is the
-unit that takes the time. Fetches that nothing hides, a visit's first bundles and chunks that two
-groups share are not in it. megablox is given tiles of 512 rows, 1,024 inputs and 1,024 outputs, or
-all where there are fewer. --write puts the smallest share of each kernel where plan.py looks, for
-each kind of TPU that was asked for (kernels/grouped.json). Needs libtpu (the extra `plan`).
+matrix transposed; of the inner ones added to what the rows have from another matrix) and by
+matrices. A share is what a chunk of rows takes at the peak of the matrix unit, over the bundles of
+the loop that computes it, and 100% where these are fewer: then it is the unit that takes the time.
+Fetches that nothing hides, a visit's first bundles and chunks that two groups share are not in it.
+megablox is given tiles of 512 rows, 1,024 inputs and 1,024 outputs, or all where there are fewer.
+--write puts the smallest share of each kernel where plan.py looks, for each kind of TPU that was
+asked for (kernels/grouped.json). Needs libtpu (the extra `plan`).
 """
 
 import os
@@ -61,12 +62,17 @@ def compile_here(topology: str, model: str, outer: bool, direction: str, backend
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
   x, w, dy, sizes = array(M, K), array(E, K, N), array(M, N), array(E, dtype='int32')
+
+  def by_rows(x, w, dy, sizes):
+    # As rows of the gate are, which the up-projection has, too (model.moe).
+    return ours.products(dy, w, sizes, M, False, transposed=True, onto=None if outer else x)
+
   if backend == 'megablox':
     run, step = megablox(direction, K, N)
   else:
     run = {
       'forward': lambda x, w, dy, sizes: ours.products(x, w, sizes, M, False),
-      'rows': lambda x, w, dy, sizes: ours.products(dy, w, sizes, M, False, transposed=True),
+      'rows': by_rows,
       'matrices': lambda x, w, dy, sizes: ours.outer_products(
         x, dy, jnp.bfloat16.dtype, sizes, M, False
       ),

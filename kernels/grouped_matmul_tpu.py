@@ -95,13 +95,24 @@ def grouped(x, w, sizes, filled):
 
   filled: rows that the declared cost counts.
   """
+  return _grouped(_static(x, w, filled), x, w, sizes)
+
+
+def chained(x, w, sizes, filled):
+  """The same, and x, to be multiplied by other matrices: what it gets as their gradient is added in
+  the kernel that computes this one's, where XLA would read and write all of both once more.
+  """
+  return _chained(_static(x, w, filled), x, w, sizes)
+
+
+def _static(x, w, filled):
   why = refusal(x, w)
   if why:
     raise NotImplementedError(
       f"grouped_matmul backend 'pallas_tpu' does not take {why}; use 'blocked', or 'auto' "
       '(model.execution.experts)'
     )
-  return _grouped((min(filled, x.shape[0]), mesh.platform() != 'tpu'), x, w, sizes)
+  return min(filled, x.shape[0]), mesh.platform() != 'tpu'
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -113,9 +124,9 @@ def _forward(static, x, w, sizes):
   return _grouped(static, x, w, sizes), (x, w, sizes)
 
 
-def _backward(static, kept, dy):
+def _backward(static, kept, dy, onto=None):
   x, w, sizes = kept
-  dx = products(dy, w, sizes, *static, transposed=True)
+  dx = products(dy, w, sizes, *static, transposed=True, onto=onto)
   if jnp.issubdtype(w.dtype, jnp.integer):
     return dx, None, None
   return dx, outer_products(x, dy, w.dtype, sizes, *static), None
@@ -124,8 +135,21 @@ def _backward(static, kept, dy):
 _grouped.defvjp(_forward, _backward)
 
 
-def products(x, w, sizes, filled, interpret, transposed=False):
-  """Rows [M, K] times the matrix of their group: [M, N]. transposed: matrices are [E, N, K]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chained(static, x, w, sizes):
+  return products(x, w, sizes, *static), x
+
+
+_chained.defvjp(
+  lambda static, x, w, sizes: (_chained(static, x, w, sizes), (x, w, sizes)),
+  lambda static, kept, gradients: _backward(static, kept, *gradients),
+)
+
+
+def products(x, w, sizes, filled, interpret, transposed=False, onto=None):
+  """Rows [M, K] times the matrix of their group: [M, N]. transposed: matrices are [E, N, K]. onto:
+  [M, N], which they are added to.
+  """
   steps = steps_of(x, w, transposed)
   (M, K), E, N = x.shape, w.shape[0], w.shape[1 if transposed else 2]
   x = _filled_up(x, steps.rows)
@@ -135,32 +159,35 @@ def products(x, w, sizes, filled, interpret, transposed=False):
   def matrix(n, v, visits):
     return (visits.group[v], n, 0) if transposed else (visits.group[v], 0, n)
 
+  of_part = pl.BlockSpec((steps.rows, steps.outputs), lambda n, v, visits: (visits.target[v], n))
+  added = [] if onto is None else [_filled_up(onto, steps.rows)]
   cost = _Cost(filled, E, steps.chunk, 2 * K * N)
   y = pl.pallas_call(
-    functools.partial(_products_step, steps=steps, transposed=transposed),
+    functools.partial(_products_step, steps=steps, transposed=transposed, adds=bool(added)),
     name='grouped_rows' if transposed else 'grouped_forward',
     interpret=interpret,
     cost_estimate=cost.estimate(
       cost.groups * K * N * w.dtype.itemsize,
-      x.dtype.itemsize * (filled * K * (N // steps.outputs) + len(x) * N),
+      x.dtype.itemsize * (filled * K * (N // steps.outputs) + (1 + len(added)) * len(x) * N),
     ),
+    # Over what they are added to: of a block that is read before it is written.
+    input_output_aliases={len(visits) + 2: 0} if added else {},
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(N // steps.outputs, len(visits.group)),
       in_specs=[
         pl.BlockSpec((steps.rows, K), lambda n, v, visits: (visits.tile[v], 0)),
         pl.BlockSpec((1, *block), matrix),
+        *(of_part for _ in added),
       ],
-      out_specs=pl.BlockSpec(
-        (steps.rows, steps.outputs), lambda n, v, visits: (visits.target[v], n)
-      ),
+      out_specs=of_part,
       scratch_shapes=[pltpu.VMEM(block, x.dtype)] if w.dtype != x.dtype else [],
     ),
     out_shape=jax.ShapeDtypeStruct((len(x), N), x.dtype),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=steps.vmem
     ),
-  )(visits, x, w)
+  )(visits, x, w, *added)
   return y[:M]
 
 
@@ -197,8 +224,11 @@ def outer_products(x, dy, dtype, sizes, filled, interpret):
   )(visits, x, dy)
 
 
-def _products_step(visits, x, w, y, *numbers, steps, transposed):
-  """A visit: the chunks of a tile that the group has rows in, times a part of its matrix."""
+def _products_step(visits, x, w, *rest, steps, transposed, adds):
+  """A visit: the chunks of a tile that the group has rows in, times a part of its matrix. rest:
+  what is added to, if anything is, the result, and numbers of a matrix of bytes.
+  """
+  onto, (y, *numbers) = (rest[0], rest[1:]) if adds else (None, rest)
   v = pl.program_id(1)
   low, high, first = visits.low[v], visits.high[v], visits.first[v] != 0
   before = visits.group[jnp.maximum(v - 1, 0)]
@@ -210,10 +240,10 @@ def _products_step(visits, x, w, y, *numbers, steps, transposed):
     def _():
       numbers[0][...] = w[0].astype(jnp.float32).astype(x.dtype)
 
-  # Rows that no group has are zeros; those of groups to come are written over.
+  # Rows that no group has are zeros, or as they were; those of groups to come are written over.
   @pl.when(first & (high - low < steps.rows))
   def _():
-    y[...] = jnp.zeros_like(y)
+    y[...] = onto[...] if adds else jnp.zeros_like(y)
 
   parts = steps.outputs // steps.columns
 
@@ -223,10 +253,12 @@ def _products_step(visits, x, w, y, *numbers, steps, transposed):
     columns = pl.ds(pl.multiple_of(part * steps.columns, steps.columns), steps.columns)
     of_part = (columns, slice(None)) if transposed else (slice(None), columns)
     matrix = numbers[0][of_part] if numbers else w[(0, *of_part)]
-    product = _product(x[at, :], matrix, 1, int(transposed)).astype(y.dtype)
+    product = _product(x[at, :], matrix, 1, int(transposed))
+    if adds:
+      product += onto[at, columns].astype(jnp.float32)
     # A row is multiplied by itself: NaN of another one's stays there.
     mine = _between(c * steps.chunk, low, high, product.shape)
-    y[at, columns] = jnp.where(mine, product, y[at, columns])
+    y[at, columns] = jnp.where(mine, product.astype(y.dtype), y[at, columns])
     return carry
 
   behind = pl.cdiv(high, steps.chunk) * parts
@@ -349,8 +381,10 @@ def steps_of(x, w, transposed: bool = False) -> GroupedSteps | None:
   K, N = w.shape[:0:-1] if transposed else w.shape[1:]
   rows, vmem, halves = _here(len(x))
   width = x.dtype.itemsize
-  # What is fetched and written is there twice: one in use, one on its way.
-  of_output = 2 * (K * w.dtype.itemsize + rows * width) + (w.dtype != x.dtype) * K * width
+  # What is fetched and written is there twice: one in use, one on its way. A gradient of rows may
+  # be added to another one.
+  blocks = K * w.dtype.itemsize + (2 if transposed else 1) * rows * width
+  of_output = 2 * blocks + (w.dtype != x.dtype) * K * width
   # A chunk's products are in f32 before they are rounded.
   of_output += 4 * min(CHUNK, rows)
   outputs = _part(N, min(OUTPUTS, (vmem - 2 * rows * K * width) // of_output), halves)

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+import names
 from kernels.grouped_matmul import RowGroups, chosen
 from model.config import ModelConfig, MoEConfig
 from model.layers import FeedForward, activate
 from model.params import param
 from model.weights import read
+from model.weights.weight import Weight
 from parallel import axes as ax
 from parallel.experts import (
   Exchange,
@@ -348,16 +350,31 @@ def _sorted(rows, gates, expert, experts, *, compute, backend, columns, filled):
   position = inverse(order, order.size)
   groups = RowGroups(count(expert, E), jnp.minimum(expert[order], E - 1), backend, filled)
 
-  def product(rows, w, bias, gates=None):
-    return _biased(w.grouped(rows, groups), bias and bias.rows(groups.of_row), gates)
+  def product(rows, w, bias, gates=None, chained=False):
+    y, rows = _chained(w, rows, groups) if chained else (w.grouped(rows, groups), rows)
+    y = _biased(y, bias and bias.rows(groups.of_row), gates)
+    return (y, rows) if chained else y
 
   y = compute(_spread(rows, order, position), experts, product, _spread(gates, order, position))
   return _spread(y, position, order)
 
 
-def _each(rows, w, bias, gates=None):
+def _chained(w, rows, groups):
+  """A grouped product, and the rows for the next one of the same: where a kernel computes both, it
+  adds up their gradients (kernels.grouped_matmul_tpu.chained).
+  """
+  if type(w).grouped is Weight.grouped:  # of numbers, and of nothing besides
+    numbers = w.numbers(rows.dtype)
+    if chosen(rows, numbers, groups.backend) == 'pallas_tpu':
+      multiply = names.imported('kernels.grouped_matmul_tpu.chained')
+      return multiply(rows, numbers, groups.sizes, groups.filled or len(rows))
+  return w.grouped(rows, groups), rows
+
+
+def _each(rows, w, bias, gates=None, chained=False):
   """Rows [E, C, D], of each expert as many."""
-  return _biased(w.each(rows), bias and bias.numbers(rows.dtype)[:, None], gates)
+  y = _biased(w.each(rows), bias and bias.numbers(rows.dtype)[:, None], gates)
+  return (y, rows) if chained else y
 
 
 def _biased(y, bias, gates):
@@ -369,7 +386,7 @@ def _biased(y, bias, gates):
 
 def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces):
   """act(rows gate) * (rows up) down, of `product(rows, weight, bias, gates)`; in the type of the
-  rows. Times `gates`, if given.
+  rows. Times `gates`, if given. `product(.., chained=True)` has the rows, too, for another one.
 
   A wide feed-forward is a sum over pieces of its width: weights are gathered, and their gradients
   scattered, piece by piece, and what a piece computes is computed again in the backward pass: of a
@@ -377,10 +394,10 @@ def _in_pieces(rows, experts, product, gates=None, *, activation, gather, pieces
   """
 
   def feed_forward(w):
-    def inner(name):
-      return product(rows, w[name], w.get(f'{name}_bias'))
-
-    h = activate(inner('gate') if 'gate' in w else None, inner('up'), activation)
+    gate, again = None, rows
+    if 'gate' in w:
+      gate, again = product(rows, w['gate'], w.get('gate_bias'), chained=True)
+    h = activate(gate, product(again, w['up'], w.get('up_bias')), activation)
     if gates is None:
       return product(h, w['down'], w.get('down_bias'))
     # Before the last product and not behind it, or the gradient of the gates would need that once

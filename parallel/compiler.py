@@ -71,6 +71,11 @@ OFFLOADED = (
     'true',
     'and sums what replicas have',
   ),
+  CompilerOption(
+    'xla_tpu_enable_async_all_to_all',
+    'true',
+    'tokens are on their way to experts and back while what does not need them is computed',
+  ),
 )
 AUTO, NONE = 'auto', 'none'
 TABLES = {'vmem': (VMEM,), 'fused': (VMEM, *FUSED), 'offloaded': (VMEM, *OFFLOADED)}
@@ -89,10 +94,12 @@ GENERATIONS = {
   'TPU7x': 'tpu7x',
 }
 SPARSE = ('v5p', 'v6e', 'tpu7x')
-# The best table by the compiler's schedule, of Llama 3 8B (docs/plans.md); of a generation and a
-# kind of mesh that are not here, none: what was not tried is left as it comes.
+# The best table by the compiler's schedule, of Llama 3 8B, and where experts are split of Mixtral,
+# Qwen3-30B-A3B and DeepSeek-V3 (docs/plans.md); of a generation and a kind of mesh that are not
+# here, none: what was not tried is left as it comes.
 BEST: dict[tuple[str, str], str] = {
   ('v5p', 'fsdp'): 'offloaded',
+  ('v5p', 'fsdp x expert'): 'offloaded',
   ('v6e', 'fsdp'): 'offloaded',
 }
 

@@ -50,12 +50,14 @@ def get_config() -> Config:
         bias_rate=0.001,
         balance_loss=0.0001,
       ),
-      execution=ExecutionConfig(dtype='bfloat16', remat='full'),
+      execution=ExecutionConfig(
+        dtype='bfloat16', remat='full', remat_save=('attention', 'attention_out')
+      ),
     ),
     data=DataConfig(
       sequence_length=4096,
       batch_size=256,
       tokenizer=TokenizerConfig(kind='huggingface', path='tokenizers/deepseek_v3'),
     ),
-    mesh=MeshConfig(data=1, fsdp=-1, expert=8),
+    mesh=MeshConfig(data=1, fsdp=-1, expert=16),
   )

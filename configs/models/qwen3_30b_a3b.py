@@ -33,7 +33,11 @@ def get_config() -> Config:
       qk_norm=True,
       rope=RopeConfig(base=1e6),
       moe=MoEConfig(experts=128, per_token=8, feed_forward=768, balance_loss=0.001),
-      execution=ExecutionConfig(dtype='bfloat16', remat='full'),
+      execution=ExecutionConfig(
+        dtype='bfloat16',
+        remat='full',
+        remat_save=('query', 'key', 'value', 'attention', 'attention_out'),
+      ),
     ),
     data=DataConfig(
       sequence_length=4096,
