@@ -397,13 +397,12 @@ def run() -> None:
 
 def judge(ways, output: pathlib.Path) -> None:
   """What the flags ask for of a run; what is found out is written into `output`."""
-  remedy = 'wait until it ends, end it, or give another --output'
   print(f'seed {SEED.value}: of examples that are shown, of draws and of intervals')
   if TASKS.value or LM_EVAL.value:
     cache = pathlib.Path(config_of(WORKDIR.value).data.cache_dir) / 'xla'
     hosts.cache_compilations(cache)
     output.mkdir(parents=True, exist_ok=True)
-    with files.locked(output / 'lock', str(output), remedy):
+    with running.alone_in(output):
       (evaluate_tasks if TASKS.value else evaluate_harness)(ways, output)
     return
   if CONFIG.value is None:
@@ -412,7 +411,7 @@ def judge(ways, output: pathlib.Path) -> None:
   check_objective(config, ways)
   hosts.cache_compilations(pathlib.Path(config.data.cache_dir) / 'xla')
   output.mkdir(parents=True, exist_ok=True)
-  with files.locked(output / 'lock', str(output), remedy):
+  with running.alone_in(output):
     of = run_of(WORKDIR.value, CHECKPOINT.value, WEIGHTS.value)
     is_reward = config.objective.kind == REWARDS
     running.check_own(output / f'{REWARDS if is_reward else TASK}.json', {'run': of})

@@ -36,17 +36,17 @@ _FLAGS = {
 _TABLE = """
 chip    | model        | topology  | rows | mesh              | published | predicted
 TPU v6e | llama3.1-8b  | v6e:2x4   |   24 | fsdp=8            |     3.443 | -
-TPU v6e | llama3.1-8b  | v6e:4x4   |   48 | fsdp=16           |     3.393 | -
+TPU v6e | llama3.1-8b  | v6e:4x4   |   48 | fsdp=16           |     3.393 | 4.356
 TPU v6e | llama3.1-8b  | v6e:4x8   |   96 | fsdp=32           |     3.495 | -
 TPU v6e | llama3.1-8b  | v6e:8x8   |  320 | fsdp=64           |     5.652 | -
 TPU v6e | llama3.1-8b  | v6e:16x16 | 1024 | fsdp=256          |     4.546 | -
 TPU v6e | mistral-7b   | v6e:2x4   |   48 | fsdp=8            |     6.320 | -
 TPU v6e | llama3.1-70b | v6e:8x16  |  512 | fsdp=128          |    34.786 | -
 TPU v6e | llama3.1-70b | v6e:16x16 | 1280 | fsdp=256          |    42.656 | -
-TPU v5p | 64b dots     | v5p:4x4x4 |  192 | fsdp=16 tensor=4  |     7.383 | -
+TPU v5p | 64b dots     | v5p:4x4x4 |  192 | fsdp=16 tensor=4  |     7.383 | (8.264)
 TPU v5e | 16b          | v5e:16x16 | 1536 | fsdp=256          |    10.305 | 10.606
-TPU v5e | 32b          | v5e:16x16 | 1024 | fsdp=256          |    12.092 | -
-TPU v5e | 64b          | v5e:16x16 |  512 | fsdp=256          |    13.472 | -
+TPU v5e | 32b          | v5e:16x16 | 1024 | fsdp=256          |    12.092 | (14.969)
+TPU v5e | 64b          | v5e:16x16 |  512 | fsdp=256          |    13.472 | (14.546)
 """
 
 

@@ -25,7 +25,7 @@ from evaluation.bias_rows import GROUPS, KINDS, PAIRS, UNKNOWN
 from evaluation.findings_page import findings_page, findings_picture
 from evaluation.intervals import RESAMPLES, Estimate, summed, wilson
 from evaluation.paired import difference, holm, mcnemar
-from evaluation.running import finite
+from evaluation.running import alone_in, finite
 
 SHOWN = 2  # sentences of either side of a category, or pairs of them
 FILE, PAGE, PICTURE = 'bias.json', 'bias.md', 'bias.png'
@@ -248,8 +248,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
   """The command."""
   options = parser().parse_args(arguments)
-  with commands.mendable(ImportError):
-    place, said = pathlib.Path(options.results), {}
+  place, said = pathlib.Path(options.results), {}
+  with commands.mendable(ImportError), alone_in(place):
     own = [*filter(None, options.tasks.split(','))]
     for summary, told in placed.results(place, options.data, own, 'bias'):
       kinds = {row['bias'] for _, row in told}

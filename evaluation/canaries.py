@@ -30,7 +30,7 @@ from decode.choices import score_pairs
 from decode.generator import Generator
 from evaluation import page, unpaired
 from evaluation.intervals import Estimate, wilson
-from evaluation.running import check_own, finite
+from evaluation.running import alone_in, check_own, finite
 from parallel.flag import mesh_of
 
 PLACE = '{secret}'
@@ -282,8 +282,7 @@ def ask(options) -> None:
   found = exposures(model, space, secrets, options.candidates, options.seed)
   content = report(run, options.seed, space, canaries, found)
   output.mkdir(parents=True, exist_ok=True)
-  remedy = 'wait until it ends, end it, or give another --output'
-  with files.locked(output / 'lock', str(output), remedy):
+  with alone_in(output):
     files.replace(output / FILE, json.dumps(content, indent=1) + '\n')
     files.replace(output / PAGE, '\n\n'.join(text_of(content)) + '\n')
   print('\n'.join(text_of(content)[1:]))

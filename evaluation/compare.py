@@ -19,7 +19,7 @@ from evaluation.forgetting import LINE, LOST, Change, advice, change, mean_reten
 from evaluation.intervals import Estimate, mean_of
 from evaluation.measures import known
 from evaluation.paired import holm
-from evaluation.running import Summary, finite, read_lines
+from evaluation.running import Summary, alone_in, finite, read_lines
 
 PAGE, PICTURE, VALUES = 'compare.md', 'compare.png', 'compare.json'
 
@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
   """The command; its exit status is 0 also where something was forgotten: that is a finding."""
   given = parser().parse_args(arguments)
-  with commands.mendable(ImportError):
-    output = pathlib.Path(given.output or given.after[0])
+  output = pathlib.Path(given.output or given.after[0])
+  with commands.mendable(ImportError), alone_in(output):
     target = [name for name in given.target.split(',') if name]
     before = {s.name: s for s in _read(given.before)}
     known = {summary.task for summary in before.values()}

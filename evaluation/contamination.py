@@ -28,7 +28,7 @@ from evaluation.examples import Item, Manner, digest_of, examples
 from evaluation.findings_page import contamination_page
 from evaluation.intervals import Estimate, wilson
 from evaluation.measures import known
-from evaluation.running import check_own, finite
+from evaluation.running import alone_in, check_own, finite
 from evaluation.words import split_words
 
 WORDS = 13  # of a run that is no chance
@@ -198,13 +198,13 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
   """The command; its exit status is 0 also where something is found: that is a finding."""
   given = parser().parse_args(arguments)
-  with commands.mendable(ImportError):
+  path = pathlib.Path(given.output or given.results or '.') / FILE
+  with commands.mendable(ImportError), alone_in(path.parent):
     asked = {}
     for name in given.tasks.split(','):
       name, task = tasks.read(name)
       asked[name] = examples(task, 0, Manner(given.data, given.limit, given.seed, given.system))
     sources = [source_of(path, given.field) for path in given.training]
-    path = pathlib.Path(given.output or given.results or '.') / FILE
     own = {'words': given.words, 'training': given.training, 'asked': _settings(given)}
     check_own(path, own)
     done = contaminated(asked, texts(sources), given.words)

@@ -26,7 +26,7 @@ from evaluation import page, placed
 from evaluation.intervals import Estimate
 from evaluation.measures import Measure, known
 from evaluation.paired import SWAPS
-from evaluation.running import Summary, finite, shown
+from evaluation.running import Summary, alone_in, finite, shown
 from evaluation.task import Row, field_of
 
 FILE, PAGE = 'knowledge.json', 'knowledge.md'
@@ -141,8 +141,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
   """The command."""
   options = parser().parse_args(arguments)
-  with commands.mendable(ImportError):
-    place = pathlib.Path(options.results)
+  place = pathlib.Path(options.results)
+  with commands.mendable(ImportError), alone_in(place):
     own = [*filter(None, options.tasks.split(','))]
     said = {}
     for summary, told in placed.results(place, options.data, own, 'date'):

@@ -6,6 +6,7 @@ NAME-K.jsonl has a line for each question, NAME-K.json the settings and then the
 """
 
 import array
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -194,6 +195,15 @@ def _check_alone(output: pathlib.Path, common: Mapping[str, Any]) -> None:
       raise ValueError(
         f'{path} is of another evaluation ({"; ".join(lines)}); give another --output, or remove it'
       )
+
+
+@contextlib.contextmanager
+def alone_in(output: pathlib.Path) -> Iterator[None]:
+  """A block that alone evaluates, or reports on what was evaluated, in a directory. Raises
+  files.InUse, a ValueError, where another process does.
+  """
+  with files.locked(output / 'lock', str(output), 'wait until it ends, or give another directory'):
+    yield
 
 
 def check_own(path: pathlib.Path, now: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from evaluation import contamination, memorisation
 from evaluation.journal import Journal
 from evaluation.memorisation import OVERLAP, PAGE, PARTS, MemoryQuestions
 from evaluation.passages import Cut, Passages, drawn
-from evaluation.running import check_own
+from evaluation.running import alone_in, check_own
 from parallel import hosts
 from parallel.flag import mesh_of
 from workdir.open import config_of, run_of
@@ -100,8 +100,7 @@ def run(options) -> None:
   by_chance = not options.control and config.data.split == 'hash' and not config.data.validation
   given = options.share, options.words, options.temperature, by_chance
   asked = MemoryQuestions(cut, members, control, _training(options, read, parts), *given)
-  remedy = 'wait until it ends, end it, or give another --output'
-  with files.locked(output / 'lock', str(output), remedy):
+  with alone_in(output):
     check_own(output / memorisation.FILE, {'run': of})
     path = output / memorisation.JOURNAL
     journal = Journal(path, memorisation.settings_of(of, asked))

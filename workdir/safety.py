@@ -17,6 +17,7 @@ import files
 import names
 from evaluation import placed, safety
 from evaluation.findings_page import findings_page, findings_picture
+from evaluation.running import alone_in
 from evaluation.safety import FILE, LINES, PAGE, PICTURE, Judge
 from parallel.flag import mesh_of
 from workdir.judging_run import READS, JudgeRequest, RunJudge, judge_of
@@ -44,13 +45,14 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
   """The command."""
   options = parser().parse_args(arguments)
-  with commands.mendable(FloatingPointError, ImportError):
-    _run(options)
+  place = pathlib.Path(options.results)
+  with commands.mendable(FloatingPointError, ImportError), alone_in(place):
+    _run(options, place)
 
 
-def _run(options) -> None:
+def _run(options, place: pathlib.Path) -> None:
   judge, run = _judge(options.judge), _judge_run(options)
-  place, said, lines = pathlib.Path(options.results), {}, []
+  said, lines = {}, []
   own = [*filter(None, options.tasks.split(','))]
   for summary, told in placed.results(place, options.data, own, 'safety'):
     rows, answers = [row for _, row in told], [line['answers'][0] for line, _ in told]

@@ -2,7 +2,10 @@
 
 import json
 
-from evaluation import findings_page, harness_page
+import pytest
+
+import names
+from evaluation import findings_page, harness_page, running
 from evaluation.intervals_picture import ROWS, _drawn, picture
 
 NUMBER = {'value': 0.5, 'low': 0.25, 'high': 0.75, 'n': 4, 'method': 'wilson', 'small': True}
@@ -56,3 +59,21 @@ def test_the_harness_has_a_page_with_a_picture(tmp_path):
   harness_page.write(tmp_path / 'none', said | {'tasks': {}, 'groups': {}})
   assert '![' not in (tmp_path / 'none' / harness_page.PAGE).read_text()
   assert not (tmp_path / 'none' / harness_page.PICTURE).exists()
+
+
+@pytest.mark.parametrize(
+  'command, arguments',
+  [
+    ('evaluation.bias.main', ['HERE']),
+    ('evaluation.knowledge.main', ['HERE']),
+    ('workdir.safety.main', ['HERE']),
+    ('evaluation.compare.main', ['before', 'HERE']),
+    ('evaluation.contamination.main', ['--tasks=arc_easy', '--training=a.txt', '--output=HERE']),
+  ],
+)
+def test_a_directory_belongs_to_one_report_at_a_time(command, arguments, tmp_path):
+  given = [argument.replace('HERE', str(tmp_path)) for argument in arguments]
+  with running.alone_in(tmp_path):
+    with pytest.raises(SystemExit, match=f'error: {tmp_path} is in use.*give another directory'):
+      names.imported(command)(given)
+  assert not [*tmp_path.iterdir()]
