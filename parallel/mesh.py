@@ -105,7 +105,8 @@ def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.E
   across = [across.get(axis, 1) for axis in AXES]
   # All devices of `expert` send to all: through a box of a torus more passes than through a line.
   if sizes['expert'] > 2 and devices[0].platform == 'tpu':
-    lay_out = functools.partial(names.imported('parallel.torus.boxed'), AXES.index('expert'))
+    boxed = names.imported('parallel.torus.boxed')
+    lay_out = functools.partial(boxed, laid_out, AXES.index('expert'))
   else:
     lay_out = laid_out
   return Mesh(lay_out(within, across, devices), AXES, axis_types=(axis_type,) * len(AXES))

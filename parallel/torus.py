@@ -6,24 +6,24 @@ itself, lays an axis of 8 along 8 devices in a row wherever there are any.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from parallel.mesh import laid_out
 
-
-def boxed(axis: int, within: list[int], across: list[int], devices) -> np.ndarray:
-  """As parallel.mesh.laid_out, with the devices along `axis`, which crosses no slices, in the box
-  through which an all-to-all passes soonest; of equals in that of the longest sides, whose rings it
-  leaves whole to the other axes.
+def boxed(
+  lay_out: Callable[..., np.ndarray], axis: int, within: list[int], across: list[int], devices
+) -> np.ndarray:
+  """As `lay_out(within, across, devices)` (parallel.mesh.laid_out), with the devices along `axis`,
+  which crosses no slices, in the box through which an all-to-all passes soonest; of equals in that
+  of the longest sides, which leaves most rings whole to the other axes.
   """
   shape = [n * slices for n, slices in zip(within, across)]
 
   def grid(sides):
     split = [*within[:axis], *sides, *within[axis + 1 :]]
     crossed = [*across[:axis], *(1 for _ in sides), *across[axis + 1 :]]
-    return laid_out(split, crossed, devices).reshape(shape)
+    return lay_out(split, crossed, devices).reshape(shape)
 
   grids = [grid(sides) for sides in _boxes(within[axis])]
   return min(grids, key=lambda grid: _longest_side(np.moveaxis(grid, axis, -1)))
