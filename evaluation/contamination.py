@@ -204,7 +204,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in given.tasks.split(','):
       name, task = tasks.read(name)
       asked[name] = examples(task, 0, Manner(given.data, given.limit, given.seed, given.system))
-    sources = [source_of(path, given.field) for path in given.training]
+    sources = [source_of(pattern, given.field) for pattern in given.training]
     own = {'words': given.words, 'training': given.training, 'asked': _settings(given)}
     check_own(path, own)
     done = contaminated(asked, texts(sources), given.words)

@@ -102,26 +102,25 @@ def make_mesh(config: MeshConfig, devices=None, axis_type: AxisType = AxisType.E
   sizes = config.resolve(len(devices))
   across = _across_slices(sizes, devices)
   within = [size // across.get(axis, 1) for axis, size in sizes.items()]
-  across = [across.get(axis, 1) for axis in AXES]
+  slices = [across.get(axis, 1) for axis in AXES]
   # All devices of `expert` send to all: through a box of a torus more passes than through a line.
   if sizes['expert'] > 2 and devices[0].platform == 'tpu':
     boxed = names.imported('parallel.torus.boxed')
     lay_out = functools.partial(boxed, laid_out, AXES.index('expert'))
   else:
     lay_out = laid_out
-  return Mesh(lay_out(within, across, devices), AXES, axis_types=(axis_type,) * len(AXES))
+  return Mesh(lay_out(within, slices, devices), AXES, axis_types=(axis_type,) * len(AXES))
 
 
-def laid_out(within: list[int], across: list[int], devices) -> np.ndarray:
-  """Devices in an array with as many along an axis as there are of a slice, times of slices.
-
-  within, across: of each axis those of a slice, and the slices that it crosses.
+def laid_out(within: list[int], slices: list[int], devices) -> np.ndarray:
+  """Devices in an array: along each axis as many as it has `within` a slice, for each of the slices
+  that it crosses.
   """
   # Splitting a physical axis changes nothing for meshes that need no splitting,
   # and most others have no layout without it.
-  if math.prod(across) > 1:
+  if math.prod(slices) > 1:
     return mesh_utils.create_hybrid_device_mesh(
-      within, across, devices, allow_split_physical_axes=True
+      within, slices, devices, allow_split_physical_axes=True
     )
   return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
 

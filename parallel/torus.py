@@ -12,17 +12,17 @@ import numpy as np
 
 
 def boxed(
-  lay_out: Callable[..., np.ndarray], axis: int, within: list[int], across: list[int], devices
+  lay_out: Callable[..., np.ndarray], axis: int, within: list[int], slices: list[int], devices
 ) -> np.ndarray:
-  """As `lay_out(within, across, devices)` (parallel.mesh.laid_out), with the devices along `axis`,
+  """As `lay_out(within, slices, devices)` (parallel.mesh.laid_out), with the devices along `axis`,
   which crosses no slices, in the box through which an all-to-all passes soonest; of equals in that
   of the longest sides, which leaves most rings whole to the other axes.
   """
-  shape = [n * slices for n, slices in zip(within, across)]
+  shape = [n * crossed for n, crossed in zip(within, slices)]
 
   def grid(sides):
     split = [*within[:axis], *sides, *within[axis + 1 :]]
-    crossed = [*across[:axis], *(1 for _ in sides), *across[axis + 1 :]]
+    crossed = [*slices[:axis], *(1 for _ in sides), *slices[axis + 1 :]]
     return lay_out(split, crossed, devices).reshape(shape)
 
   grids = [grid(sides) for sides in _boxes(within[axis])]
